@@ -1,0 +1,5 @@
+import sys
+
+from featdistill.cli.main import main
+
+sys.exit(main())

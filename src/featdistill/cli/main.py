@@ -1,0 +1,95 @@
+"""`featdistill COMMAND --option value ...`"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from featdistill.core.errors import FeatDistillError, did_you_mean
+
+# Static, so that `featdistill --help` imports nothing: (name, one line). A test holds it to the
+# schemas' own summaries.
+SUMMARIES = (
+    ("quickstart", "the whole loop in minutes, offline: pretrain, distill, compare, report"),
+    ("check", "build everything, run one step, and say what a distillation would cost"),
+    ("distill", "teach a fresh student the whitened features of a frozen teacher"),
+    ("compare", "teacher, student and a fresh model under one recipe: which is better?"),
+    ("finetune", "fine-tune a backbone for classification"),
+    ("knn", "classify by nearest neighbours in frozen features"),
+    ("predict", "classify images with a fine-tuned model"),
+    ("pretrain", "make a contrastive teacher from your own images (SimCLR)"),
+    ("export", "write a model as a folder that plain timm loads"),
+    ("models", "list the students, and search timm for teachers"),
+    ("recipes", "list the recipes, or print one"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from featdistill import __version__
+
+        print(f"featdistill {__version__}")
+        return 0
+    try:
+        return _run(words[0], words[1:])
+    except FeatDistillError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _overview() -> str:
+    width = max(len(name) for name, _ in SUMMARIES)
+    commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in SUMMARIES)
+    return (
+        "usage: featdistill COMMAND [--option value ...]\n\n"
+        "Turn a pretrained vision backbone into one that fine-tunes better.\n\n"
+        f"commands:\n{commands}\n\n"
+        "'featdistill COMMAND --help' lists a command's options; "
+        "'featdistill quickstart' shows the whole loop."
+    )
+
+
+def _run(command: str, words: list[str]) -> int:
+    names = [name for name, _ in SUMMARIES]
+    if command not in names:
+        hint = did_you_mean(command, names) or "see 'featdistill --help'"
+        raise FeatDistillError(f"unknown command '{command}'", fix=hint)
+    from featdistill.cli.options import help_text, parse
+    from featdistill.config.commands import COMMANDS
+    from featdistill.config.resolve import resolve, to_yaml
+
+    schema = COMMANDS[command]
+    parsed = parse(schema, words)
+    if parsed.help:
+        print(help_text(command, schema))
+        return 0
+    config = resolve(
+        command,
+        parsed.values,
+        recipe=parsed.recipe,
+        config=parsed.config,
+        problems=tuple(parsed.problems),
+    )
+    if parsed.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    from featdistill.tasks import run_command
+
+    run_command(command, config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Schemas, recipes and overrides: everything a user can set, validated once."""

@@ -1,0 +1,303 @@
+"""The sections that configurations are made of; each default stands here and nowhere else.
+
+Importing this file must stay cheap: `featdistill COMMAND --help` reads it and nothing heavier.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Immutable, and unknown keys are mistakes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Target(StrEnum):
+    """What of the teacher the student learns."""
+
+    MAP = "map"
+    GAP = "gap"
+    LOGITS = "logits"
+
+
+class Whitening(StrEnum):
+    """How the teacher's features are normalised before the loss."""
+
+    LAYERNORM = "layernorm"
+    NONE = "none"
+    L2 = "l2"
+    STANDARDIZE = "standardize"
+    PCA = "pca"
+
+
+class Distance(StrEnum):
+    """How far the student's features are from the target."""
+
+    SMOOTH_L1 = "smooth-l1"
+    MSE = "mse"
+    L1 = "l1"
+    COSINE = "cosine"
+
+
+class Position(StrEnum):
+    """How a ViT student knows where a token is."""
+
+    SHARED_RPB = "shared-rpb"
+    RPB = "rpb"
+    APE = "ape"
+    NONE = "none"
+
+
+class Pool(StrEnum):
+    """How a map and its prefix become one vector."""
+
+    MEAN = "mean"
+    CLS = "cls"
+    MODEL = "model"
+
+
+class TeacherConfig(Section):
+    """The frozen model to learn from."""
+
+    spec: str = Field(
+        description="timm/NAME, a run or export folder, or package.module:factory",
+        validation_alias="spec",
+    )
+    weights: str = Field("hub", description="hub, random, or a checkpoint file")
+    image_size: Positive | None = Field(
+        None, description="side in pixels at which the teacher sees the view; its own by default"
+    )
+    layer: int | Literal["auto", "last"] = Field(
+        "auto",
+        description="layer or stage of the target map; auto: the last, or the stage of a "
+        "hierarchical teacher whose grid is the student's",
+    )
+    drop_path: Rate = Field(0.0, description="stochastic depth rate in the teacher")
+
+
+class StudentConfig(Section):
+    """The model to make."""
+
+    name: str = Field("vit-b", description="vit-t/s/b/l, swin-t/s/b, or timm/NAME")
+    patch: Positive | None = Field(
+        None, description="patch side in pixels; 16 (vit-l 14, swin 4) by default"
+    )
+    position: Position | None = Field(
+        None, description="shared-rpb (default), rpb, ape or none; ViT students only"
+    )
+    init: str = Field("random", description="random, teacher, or a model to continue from")
+    drop_path: Rate = Field(0.1, description="stochastic depth rate, growing linearly with depth")
+    width: Positive | None = Field(None, description="channels, instead of the named size's")
+    depth: Positive | None = Field(None, description="layers, instead of the named size's")
+    heads: Positive | None = Field(None, description="heads, instead of the named size's")
+    window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
+
+
+class NewModelConfig(StudentConfig):
+    """A model to pre-train from nothing."""
+
+    position: Position | None = Field(
+        Position.APE, description="ape (default), shared-rpb, rpb or none; ViT models only"
+    )
+    init: Literal["random"] = Field("random", description="pre-training starts from nothing")
+
+
+class ModelConfig(Section):
+    """One model to use."""
+
+    spec: str = Field(description="timm/NAME, a run or export folder, or package.module:factory")
+    weights: str = Field("hub", description="hub, random, or a checkpoint file")
+
+
+class DataConfig(Section):
+    """Which images, and how they are read."""
+
+    path: str = Field(
+        description="image folder, list file (.txt .csv), parquet file or folder, digits, "
+        "hf:NAME, or torchvision:NAME (cifar10, ...)"
+    )
+    val: str | None = Field(None, description="validation data, if not a part of the data")
+    val_fraction: float | None = Field(
+        None, gt=0, lt=1, description="share of the training part to hold out for validation"
+    )
+    labels: str | None = Field(
+        None, description="label budget: N images a class, or P% of them (stratified, seeded)"
+    )
+    batch_size: Positive = Field(256, description="global batch, over all processes")
+    workers: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="loading processes; chosen from the cores by default"
+    )
+    bad_image_limit: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable images at which the run stops"
+    )
+
+
+class ViewConfig(Section):
+    """How an image becomes the one view that both models see."""
+
+    image_size: Positive = Field(224, description="side in pixels that the student sees")
+    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop")
+    crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="aspect of the crop")
+    flip: bool = Field(True, description="mirror half of the views")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ViewConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be two numbers, 0 < low <= high, not {low},{high}")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale cannot exceed 1 (the whole image): {self.crop_scale[1]}")
+        return self
+
+
+class FinetuneViewConfig(ViewConfig):
+    """Training views for classification."""
+
+    randaugment: str | None = Field(
+        "rand-m9-mstd0.5-inc1", description="timm's RandAugment specification, or none"
+    )
+    erasing: Rate = Field(0.25, description="probability of random erasing (pixel noise)")
+    eval_crop: float = Field(0.875, gt=0, le=1, description="share of the side kept when scoring")
+
+
+class ContrastiveViewConfig(ViewConfig):
+    """Two views of each image for contrastive pre-training."""
+
+    crop_scale: tuple[float, float] = Field((0.2, 1.0), description="area of the random crop")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest random rotation, degrees")
+    jitter: float = Field(0.5, ge=0, description="strength of the colour jitter (SimCLR's s)")
+    gray: float = Field(0.2, ge=0, le=1, description="probability of a grey view")
+    blur: float = Field(0.0, ge=0, le=1, description="probability of a blurred view")
+
+
+class ObjectiveConfig(Section):
+    """What is compared, after which normalisation, by which distance."""
+
+    target: Target = Field(Target.MAP, description="map, gap or logits")
+    whitening: Whitening = Field(
+        Whitening.LAYERNORM, description="layernorm, none, l2, standardize or pca"
+    )
+    loss: Distance = Field(Distance.SMOOTH_L1, description="smooth-l1, mse, l1 or cosine")
+    beta: float = Field(2.0, gt=0, description="where smooth-l1 turns from square to line")
+    resample: Literal["before-whitening", "after-whitening"] = Field(
+        "before-whitening", description="when a teacher's map is carried to the student's grid"
+    )
+    calibration_images: Positive = Field(
+        2048, description="images for the statistics of standardize and pca"
+    )
+
+
+class ContrastiveConfig(Section):
+    """SimCLR: NT-Xent on two views (Chen et al. 2020)."""
+
+    temperature: float = Field(0.2, gt=0, description="temperature of NT-Xent")
+    projection: Positive = Field(128, description="channels of the projection")
+    hidden: Positive = Field(512, description="channels of the projection head's hidden layer")
+
+
+class MixConfig(Section):
+    """Mixing of pairs of training images and their labels."""
+
+    mixup: float = Field(0.8, ge=0, description="mixup's alpha; 0: off")
+    cutmix: float = Field(1.0, ge=0, description="cutmix's alpha; 0: off")
+    probability: float = Field(1.0, ge=0, le=1, description="share of the batches to mix")
+    switch: float = Field(0.5, ge=0, le=1, description="share of cutmix where both are on")
+    smoothing: Rate = Field(0.1, description="label smoothing")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float | None = Field(None, gt=0, description="peak learning rate; default: scaled to batch")
+    lr_per_512: float = Field(3e-4, gt=0, description="peak rate for each 512 images of batch")
+    weight_decay: float = Field(0.05, ge=0, description="not on biases, norms, 1-d parameters")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averages")
+    clip: float | None = Field(3.0, gt=0, description="largest gradient norm, or none")
+
+
+class FinetuneOptimizerConfig(OptimizerConfig):
+    """AdamW with layer decay."""
+
+    lr_per_512: float = Field(1.25e-3, gt=0, description="peak rate for each 512 images of batch")
+    clip: float | None = Field(5.0, gt=0, description="largest gradient norm, or none")
+    layer_decay: float = Field(0.65, gt=0, le=1, description="each layer's rate over the next's")
+
+
+class ScheduleConfig(Section):
+    """How long, and how the learning rate goes: linear warm-up, then a cosine, by step."""
+
+    epochs: float | None = Field(None, gt=0, description="passes over the data")
+    steps: Positive | None = Field(None, description="optimiser steps, instead of epochs")
+    warmup: float = Field(
+        1 / 30, ge=0, lt=1, description="share of the steps for warm-up (10 of 300 epochs)"
+    )
+    start_ratio: float = Field(1 / 600, ge=0, description="first rate over peak rate")
+    final_ratio: float = Field(1 / 60, ge=0, description="last rate over peak rate")
+    stop_at: Positive | None = Field(
+        None, description="stop (to be resumed) at this step of the longer schedule"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give either epochs or steps, not both")
+        return self
+
+
+class FinetuneScheduleConfig(ScheduleConfig):
+    """Fine-tuning's schedule."""
+
+    warmup: float = Field(
+        0.2, ge=0, lt=1, description="share of the steps for warm-up (20 of 100 epochs)"
+    )
+    start_ratio: float = Field(1 / 5000, ge=0, description="first rate over peak rate")
+    final_ratio: float = Field(1 / 5000, ge=0, description="last rate over peak rate")
+
+
+class Precision(StrEnum):
+    """Arithmetic of the training step."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class RunConfig(Section):
+    """Where the run lives and what it runs on."""
+
+    out: str = Field(description="output folder; new, or empty, or to be resumed")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    devices: Positive = Field(1, description="processes on this machine, one a device")
+    nodes: Positive = Field(1, description="machines")
+    precision: Precision = Field(Precision.AUTO, description="auto, float32, bf16 or fp16")
+    attention: Literal["auto", "fused", "naive"] = Field(
+        "auto", description="attention of the trained model; auto: by device"
+    )
+    micro_batches: Positive = Field(1, description="parts in which a batch passes the model")
+    resume: bool = Field(False, description="continue the run in the output folder")
+    log_every: Positive = Field(10, description="steps between log lines")
+    checkpoint_every: Positive = Field(500, description="steps between checkpoints")
+    checkpoint_keep: Positive = Field(2, description="checkpoints to keep")
+    eval_every: Positive | None = Field(
+        None, description="steps between evaluations; a tenth of the run by default"
+    )
+    tensorboard: bool = Field(True, description="write TensorBoard events")
+
+
+class KnnConfig(Section):
+    """Weighted k-nearest-neighbour classification on frozen features (Wu et al. 2018)."""
+
+    k: tuple[Positive, ...] = Field((1, 5, 10, 20, 100), description="neighbours, one score each")
+    temperature: float = Field(0.07, gt=0, description="temperature of the votes")
+    pool: Pool = Field(Pool.MEAN, description="mean of the map, cls, or as the model pools")

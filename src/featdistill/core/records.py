@@ -1,0 +1,122 @@
+"""Records: the JSON (and npz) files in which every result is kept with what made it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featdistill.core.errors import RunError
+
+_PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "pyarrow")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device and threads of this process, as a JSON-ready dictionary."""
+    import torch
+
+    versions = {}
+    for name in ("featdistill", *_PACKAGES):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else ["cpu"],
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = json.dumps(value, indent=2, default=_plain, allow_nan=False)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"not JSON: {type(value).__name__}")
+
+
+def write_record(
+    path: Path,
+    kind: str,
+    *,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray] | None = None,
+) -> Path:
+    """Write `path` (JSON) and, where there are arrays, an npz of the same name beside it."""
+    if arrays:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
+        os.replace(temporary, path.with_suffix(".npz"))
+    write_json(
+        path,
+        {
+            "kind": kind,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": dict(config),
+            "environment": environment(),
+            "results": dict(results),
+        },
+    )
+    return path
+
+
+def read_record(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """Read a record back.
+
+    Raises:
+        RunError: the file is absent, not JSON, or of another kind.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"no record at '{path}'", fix="finish the run that writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"'{path}' is not a JSON record ({error})") from None
+    if kind is not None and record.get("kind") != kind:
+        raise RunError(f"'{path}' is a {record.get('kind')!r} record", expected=f"a {kind!r} one")
+    return record  # type: ignore[no-any-return]

@@ -1,0 +1,116 @@
+"""Randomness as a pure function of keys, never of a process's history.
+
+Every draw in this project is addressed: the augmentation of a sample by (seed, epoch, index), a
+drop-path mask by (seed, step, layer, global position of the sample). So neither the number of
+workers, processes or micro-batches nor a stop and a resume changes what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def key(*parts: int | str) -> int:
+    """A 64-bit key of integers and names; the same on every machine and in every process."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(repr(part).encode())
+        digest.update(b"\0")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """A NumPy generator of its own for these keys (Philox, counter-based)."""
+    return np.random.Generator(np.random.Philox(key=key(*parts)))
+
+
+def torch_generator(*parts: int | str) -> torch.Generator:
+    """A CPU torch generator of its own for these keys."""
+    return torch.Generator().manual_seed(key(*parts) & (_MASK >> 1))
+
+
+@contextmanager
+def seeded_globals(*parts: int | str) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global generators for a block, then put them back.
+
+    For library code that draws from the globals (timm's RandAugment, torchvision's transforms,
+    weight initialisation).
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = key(*parts)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed & (_MASK >> 1))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def uniforms(base: int, *axes: np.ndarray) -> np.ndarray:
+    """Uniform numbers in [0, 1), one for each point of the (broadcast) integer axes.
+
+    A counter-based generator: each axis is absorbed into the state by SplitMix64's finaliser
+    (Steele et al. 2014), so that a number depends on its own coordinates only.
+
+    Args:
+        base: a 64-bit key, from `key`.
+        axes: integer arrays that broadcast against each other.
+    """
+    state: np.ndarray = np.asarray(base & _MASK, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for axis in axes:
+            state = _finalise(state + _GOLDEN + _finalise(np.asarray(axis).astype(np.uint64)))
+    return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _finalise(z: np.ndarray) -> np.ndarray:
+    z = z + _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The address of one micro-batch's random draws.
+
+    Attributes:
+        seed: the run's seed.
+        step: the optimiser step, from 0.
+        positions: (B,) int64 on CPU, each sample's place in the global batch.
+    """
+
+    seed: int
+    step: int
+    positions: Tensor
+
+    def uniforms(self, name: str, rows: int = 1) -> Tensor:
+        """(rows, B) float32 uniforms on CPU for the draws called `name` (row = layer, say)."""
+        values = uniforms(
+            key(self.seed, name, self.step),
+            np.arange(rows)[:, None],
+            self.positions.numpy()[None, :],
+        )
+        return torch.from_numpy(values).float()
+
+    def batch_generator(self, name: str) -> np.random.Generator:
+        """A generator for draws that the whole global batch of this step shares."""
+        return generator(self.seed, name, self.step)
+
+    def sample_generator(self, name: str, row: int) -> np.random.Generator:
+        """A generator for draws that belong to the sample in this micro-batch's row `row`."""
+        return generator(self.seed, name, self.step, int(self.positions[row]))

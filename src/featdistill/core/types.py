@@ -1,0 +1,128 @@
+"""The few types that the parts hand to each other.
+
+Shapes: B batch, P prefix tokens, C channels, h w the token grid, D the model's own embedding, K
+classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from featdistill.core.seeds import SampleStream
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """What one intermediate layer gives: map (B, C, h, w) and prefix (B, P, C), before any norm."""
+
+    map: Tensor
+    prefix: Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone says of images.
+
+    Attributes:
+        map: (B, C, h, w) patch features of the last layer, after the model's own final norm.
+        prefix: (B, P, C) CLS, distillation and register tokens, after the same norm.
+        prefix_names: P names: `cls`, `dist`, `reg1`, ...
+        pooled: (B, D) as the model itself pools.
+        logits: (B, K) if the model has a classifier.
+        layers: intermediate layers that were asked for, by index.
+    """
+
+    map: Tensor
+    prefix: Tensor
+    prefix_names: tuple[str, ...]
+    pooled: Tensor
+    logits: Tensor | None = None
+    layers: Mapping[int, LayerFeatures] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A sample that could not be read: its index, the reason, and what stands in for it."""
+
+    index: int
+    reason: str
+    substitute: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a training step (or a micro-batch of it).
+
+    Attributes:
+        views: each (B, 3, height, width); uint8 as it travels, float32 in [0, 1] after `as_float`.
+        labels: (B,) int64, or None for unlabelled data.
+        indices: (B,) int64, each sample's place in its source.
+        positions: (B,) int64 on CPU, each sample's place in the global batch.
+        replaced: unreadable samples of this batch.
+        stream: the address of this batch's random draws; None outside training.
+    """
+
+    views: tuple[Tensor, ...]
+    labels: Tensor | None
+    indices: Tensor
+    positions: Tensor
+    replaced: tuple[Replaced, ...] = ()
+    stream: SampleStream | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """The first (for most objectives the only) view."""
+        return self.views[0]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def to(self, device: torch.device) -> Batch:
+        """Views and labels on `device`; indices and positions stay on the CPU."""
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        views = tuple(v.to(device, non_blocking=True) for v in self.views)
+        return replace(self, views=views, labels=labels)
+
+    def as_float(self) -> Batch:
+        """The views as float32 in [0, 1]."""
+        return replace(self, views=tuple(v.float().div_(255) for v in self.views))
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copies, so that the journey to the device does not block."""
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, views=tuple(v.pin_memory() for v in self.views), labels=labels)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Contiguous micro-batches of equal size; the batch must divide."""
+        assert len(self) % parts == 0, (len(self), parts)
+        n = len(self) // parts
+        cuts = [slice(i * n, (i + 1) * n) for i in range(parts)]
+        return [
+            replace(
+                self,
+                views=tuple(v[cut] for v in self.views),
+                labels=None if self.labels is None else self.labels[cut],
+                indices=self.indices[cut],
+                positions=self.positions[cut],
+            )
+            for cut in cuts
+        ]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An objective's value: the total to minimise, and parts worth logging (detached scalars)."""
+
+    total: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What is learned. An `nn.Module` whose state is what a checkpoint keeps."""
+
+    def __call__(self, batch: Batch) -> Loss: ...

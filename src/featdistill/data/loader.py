@@ -1,0 +1,224 @@
+"""From sources and views to batches: which sample comes when, and the processes that load it.
+
+The order of samples is a pure function of (seed, epoch); each process takes a contiguous share of
+every global batch. An epoch's last, incomplete batch is left out; since every epoch has an order
+of its own, no image is left out for good.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from featdistill.core.errors import DataError
+from featdistill.core.seeds import generator
+from featdistill.core.types import Batch, Replaced
+from featdistill.data.decode import BadImage
+from featdistill.data.sources import Source
+from featdistill.data.views import View
+
+_ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample's place in a run."""
+
+    epoch: int
+    index: int
+    position: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process among all: its rank and how many there are."""
+
+    rank: int = 0
+    world: int = 1
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Whole batches in a pass over the data.
+
+    Raises:
+        DataError: there is not even one.
+    """
+    if batch_size > images:
+        raise DataError(
+            f"batch of {batch_size} is larger than the {images} training images",
+            fix=f"give --batch-size {images} or less",
+        )
+    return images // batch_size
+
+
+class RunSampler(Sampler[list[Item]]):
+    """This process's samples of steps `start` .. `stop`, a list for each step."""
+
+    def __init__(
+        self, images: int, *, batch_size: int, seed: int, start: int, stop: int, share: Share
+    ) -> None:
+        assert batch_size % share.world == 0
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.start, self.stop, self.share = start, stop, share
+        self.per_epoch = steps_per_epoch(images, batch_size)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[Item]]:
+        mine = self.batch_size // self.share.world
+        known, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(self.start, self.stop):
+            epoch, within = divmod(step, self.per_epoch)
+            if epoch != known:
+                known, order = epoch, generator("order", self.seed, epoch).permutation(self.images)
+            first = within * self.batch_size
+            places = range(self.share.rank * mine, (self.share.rank + 1) * mine)
+            yield [Item(epoch, int(order[first + p]), p) for p in places]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    views: tuple[Tensor, ...]
+    label: int | None
+    item: Item
+    replaced: tuple[Replaced, ...]
+
+
+class Samples(Dataset[_Sample]):
+    """Views of a source by address; an unreadable image is replaced by a keyed other one."""
+
+    def __init__(self, source: Source, view: View, seed: int) -> None:
+        self.source, self.view, self.seed = source, view, seed
+
+    def __getitem__(self, item: Item) -> _Sample:
+        index, failures = item.index, []
+        for attempt in range(_ATTEMPTS):
+            try:
+                views = self.view(self.source.read(index), (self.seed, item.epoch, index))
+                break
+            except BadImage as error:
+                rng = generator("substitute", self.seed, item.epoch, item.index, attempt)
+                substitute = int(rng.integers(len(self.source)))
+                reason = f"{self.source.identify(index)}: {error}"
+                failures.append(Replaced(index, reason, substitute))
+                index = substitute
+        else:
+            raise DataError(
+                f"{_ATTEMPTS} images in a row could not be read, the last: {failures[-1].reason}",
+                fix=f"look at the images of '{self.source.name}'",
+            )
+        labels = self.source.labels
+        label = None if labels is None else int(labels[index])
+        return _Sample(views, label, item, tuple(failures))
+
+
+def collate(samples: list[_Sample]) -> Batch:
+    """Stack samples into a batch."""
+    labels = [s.label for s in samples if s.label is not None]
+    return Batch(
+        views=tuple(torch.stack(same) for same in zip(*(s.views for s in samples), strict=True)),
+        labels=torch.tensor(labels) if len(labels) == len(samples) else None,
+        indices=torch.tensor([s.item.index for s in samples]),
+        positions=torch.tensor([s.item.position for s in samples]),
+        replaced=tuple(r for s in samples for r in s.replaced),
+    )
+
+
+def default_workers(processes: int = 1) -> int:
+    """Loading processes for each training process: the cores, less one for the loop itself."""
+    cores = len(os.sched_getaffinity(0))
+    return max(0, min(16, cores // processes - 1))
+
+
+def training_batches(
+    source: Source,
+    view: View,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    workers: int | None = None,
+    share: Share = Share(),  # noqa: B008 - immutable
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Batches of steps `start` .. `stop`, the same whatever the number of workers.
+
+    Args:
+        batch_size: global, over all processes.
+        share: this process among all.
+
+    Raises:
+        DataError: the batch is larger than the data.
+    """
+    sampler = RunSampler(
+        len(source), batch_size=batch_size, seed=seed, start=start, stop=stop, share=share
+    )
+    workers = default_workers(share.world) if workers is None else workers
+    return DataLoader(
+        Samples(source, view, seed),  # type: ignore[arg-type]
+        batch_sampler=sampler,
+        num_workers=min(workers, stop - start),
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers and stop > start else None,
+    )
+
+
+class _InOrder(Dataset[_Sample]):
+    """Every image of a source once; here an unreadable one is an error, scores need them all."""
+
+    def __init__(self, source: Source, view: View) -> None:
+        self.source, self.view = source, view
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> _Sample:
+        try:
+            image = self.source.read(index)
+        except BadImage as error:
+            raise DataError(
+                f"cannot read '{self.source.identify(index)}' of '{self.source.name}': {error}",
+                fix="mend or remove it; a score needs every image",
+            ) from None
+        labels = self.source.labels
+        label = None if labels is None else int(labels[index])
+        return _Sample(self.view(image, (0, 0, index)), label, Item(0, index, index), ())
+
+
+def ordered_batches(
+    source: Source,
+    view: View,
+    *,
+    batch_size: int,
+    workers: int | None = None,
+    share: Share = Share(),  # noqa: B008 - immutable
+) -> DataLoader[Batch]:
+    """All images of a source in order, each once (of several processes, every world-th)."""
+    mine = range(share.rank, len(source), share.world)
+    if workers is None:
+        workers = default_workers(share.world) if len(mine) >= 4 * batch_size else 0
+    return DataLoader(
+        _InOrder(source, view),
+        sampler=mine,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+    )
+
+
+def plainly(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches; a loading process's error comes without that process's traceback."""
+    try:
+        yield from loader
+    except DataError as error:
+        last = str(error).strip().splitlines()[-1]
+        raise DataError(last.partition("DataError: ")[2] or last) from None

@@ -1,0 +1,207 @@
+"""Where images come from: folders, lists, parquet, hub, torchvision, and the embedded digits.
+
+A source is a sequence of images with, if there are any, labels; it does no random thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featdistill.core.errors import DataError
+from featdistill.data.decode import BadImage, decode, from_pil
+
+
+class Source(Protocol):
+    """Images by number.
+
+    Attributes:
+        name: what to call it in messages and reports.
+        labels: (n,) int64, or None.
+        classes: the labels' names, or None.
+    """
+
+    name: str
+    labels: np.ndarray | None
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Tensor:
+        """Image `index`, (3, height, width) uint8. Raises BadImage."""
+
+    def identify(self, index: int) -> str:
+        """The image's file name, or what comes nearest."""
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """Image files.
+
+    Attributes:
+        root: what `files` are relative to.
+    """
+
+    name: str
+    root: Path
+    files: Sequence[str]
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> Tensor:
+        try:
+            data = (self.root / self.files[index]).read_bytes()
+        except OSError as error:
+            raise BadImage(error.strerror or str(error)) from None
+        return decode(data)
+
+    def identify(self, index: int) -> str:
+        return self.files[index]
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Decoded images in memory, (n, 3, height, width) uint8."""
+
+    name: str
+    images: Tensor
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def identify(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+class ArrowSource:
+    """Encoded images in an Arrow column of {bytes, path}, read without copying the table."""
+
+    def __init__(
+        self,
+        name: str,
+        column: Any,
+        labels: np.ndarray | None = None,
+        classes: tuple[str, ...] | None = None,
+        root: Path | None = None,
+    ) -> None:
+        self.name, self.labels, self.classes, self.root = name, labels, classes, root
+        self._chunks = column.chunks
+        self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _cell(self, index: int) -> dict[str, Any]:
+        chunk = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[chunk - 1]) if chunk else 0
+        value = self._chunks[chunk][index - start].as_py()
+        return value if isinstance(value, dict) else {"bytes": value, "path": None}
+
+    def read(self, index: int) -> Tensor:
+        cell = self._cell(index)
+        if cell.get("bytes"):
+            return decode(cell["bytes"])
+        if cell.get("path"):
+            try:
+                return decode(Path(self.root or ".", cell["path"]).read_bytes())
+            except OSError as error:
+                raise BadImage(error.strerror or str(error)) from None
+        raise BadImage("the cell holds neither bytes nor a path")
+
+    def identify(self, index: int) -> str:
+        return self._cell(index).get("path") or f"{self.name}[{index}]"
+
+
+@dataclass(frozen=True)
+class TorchvisionSource:
+    """A torchvision data set of (PIL image, label) pairs."""
+
+    name: str
+    dataset: Any
+    labels: np.ndarray | None
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> Tensor:
+        return from_pil(self.dataset[index][0])
+
+    def identify(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of a source."""
+
+    source: Source
+    chosen: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self.source.labels is None else self.source.labels[self.chosen]
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.chosen[index]))
+
+    def identify(self, index: int) -> str:
+        return self.source.identify(int(self.chosen[index]))
+
+
+def digits() -> tuple[Source, Source]:
+    """scikit-learn's 1797 handwritten digits, 8x8: the embedded data, train and test parts.
+
+    Every fifth image is test data, so that both parts hold all writers and classes.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8))
+    images = images.expand(-1, 3, -1, -1).contiguous()
+    test = np.arange(len(labels)) % 5 == 0
+    classes = tuple(str(d) for d in range(10))
+    train, held = (
+        ArraySource(f"digits/{part}", images[torch.from_numpy(mask)], labels[mask].astype(np.int64), classes)
+        for part, mask in (("train", ~test), ("test", test))
+    )
+    return train, held
+
+
+def labelled(source: Source, what: str) -> np.ndarray:
+    """The source's labels.
+
+    Raises:
+        DataError: it has none.
+    """
+    if source.labels is None:
+        raise DataError(
+            f"'{source.name}' has no labels",
+            expected=f"labelled images for {what}: class subfolders, a label column or a .csv list",
+        )
+    return source.labels

@@ -1,0 +1,202 @@
+"""How an image becomes what the models see. A view is a pure function of image and address.
+
+An address is (seed, epoch, index). Images are (3, height, width) uint8 throughout; views are
+square, (3, size, size) uint8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from featdistill.core.seeds import generator, seeded_globals
+from featdistill.data.decode import from_pil
+
+Address = tuple[int, int, int]
+
+
+class View(Protocol):
+    """One or several views of an image."""
+
+    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]: ...
+
+
+@dataclass(frozen=True)
+class Box:
+    """A crop, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+) -> Box:
+    """Inception's random crop as torchvision draws it: area uniform, aspect log-uniform.
+
+    After ten misses the largest central crop within the aspect limits is taken.
+    """
+    area = height * width
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+    aspect = width / height
+    w, h = width, height
+    if aspect < ratio[0]:
+        h = round(w / ratio[0])
+    elif aspect > ratio[1]:
+        w = round(h * ratio[1])
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def crop(image: Tensor, box: Box, size: int, *, bicubic: bool = False) -> Tensor:
+    """Cut `box` out and bring it to (3, size, size), antialiased."""
+    mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
+    return F.resized_crop(
+        image, box.top, box.left, box.height, box.width, [size, size], mode, antialias=True
+    )
+
+
+@dataclass(frozen=True)
+class CropView:
+    """The paper's view: random resized crop and mirroring, nothing else."""
+
+    size: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+        rng = generator("crop", *address)
+        box = random_box(rng, image.shape[1], image.shape[2], self.scale, self.ratio)
+        view = crop(image, box, self.size)
+        if self.flip and rng.random() < 0.5:
+            view = view.flip(-1)
+        return (view,)
+
+
+@dataclass(frozen=True)
+class EvalView:
+    """The central crop: shorter side to size / share, then (size, size) from the middle."""
+
+    size: int
+    share: float = 0.875
+
+    def __call__(self, image: Tensor, address: Address | None = None) -> tuple[Tensor, ...]:
+        side = min(image.shape[1], image.shape[2]) * self.share
+        cut = max(1, round(side))
+        box = Box((image.shape[1] - cut) // 2, (image.shape[2] - cut) // 2, cut, cut)
+        return (crop(image, box, self.size, bicubic=True),)
+
+
+class FinetuneView:
+    """Supervised training's view: random crop, mirroring, RandAugment.
+
+    Args:
+        randaugment: timm's specification (`rand-m9-mstd0.5-inc1`), or None.
+        mean: RGB in [0, 1], the colour that fills what a rotation or shift uncovers.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: bool,
+        randaugment: str | None,
+        mean: tuple[float, float, float],
+    ) -> None:
+        self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
+        self.augment = None if randaugment is None else _randaugment(randaugment, size, mean)
+
+    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+        rng = generator("finetune", *address)
+        box = random_box(rng, image.shape[1], image.shape[2], self.scale, self.ratio)
+        view = crop(image, box, self.size, bicubic=True)
+        if self.flip and rng.random() < 0.5:
+            view = view.flip(-1)
+        if self.augment is not None:
+            with seeded_globals("randaugment", *address):
+                view = from_pil(self.augment(F.to_pil_image(view)))
+        return (view,)
+
+
+def _randaugment(spec: str, size: int, mean: tuple[float, float, float]) -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
+    fill = tuple(min(255, round(255 * m)) for m in mean)
+    hparams = {"translate_const": int(size * 0.45), "img_mean": fill}
+    return rand_augment_transform(spec, hparams)
+
+
+@dataclass(frozen=True)
+class ContrastiveView:
+    """SimCLR's two views: crop, mirroring, rotation, colour jitter, grey, blur (Chen et al. 2020).
+
+    Attributes:
+        jitter: strength s: brightness, contrast and saturation +-0.8 s, hue +-0.2 s.
+        rotate: largest rotation, degrees.
+        gray, blur: probabilities.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    rotate: float = 0.0
+    jitter: float = 0.5
+    gray: float = 0.2
+    blur: float = 0.0
+
+    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+        return tuple(self._one(image, generator("contrastive", side, *address)) for side in (0, 1))
+
+    def _one(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+        box = random_box(rng, image.shape[1], image.shape[2], self.scale, self.ratio)
+        view = crop(image, box, self.size)
+        if self.flip and rng.random() < 0.5:
+            view = view.flip(-1)
+        if self.rotate:
+            angle = rng.uniform(-self.rotate, self.rotate)
+            view = F.rotate(view, angle, InterpolationMode.BILINEAR)
+        if self.jitter and rng.random() < 0.8:
+            view = self._recolour(view, rng)
+        if rng.random() < self.gray:
+            view = F.rgb_to_grayscale(view, num_output_channels=3)
+        if rng.random() < self.blur:
+            kernel = max(3, 2 * (self.size // 20) + 1)
+            view = F.gaussian_blur(view, [kernel, kernel], [rng.uniform(0.1, 2.0)] * 2)
+        return view
+
+    def _recolour(self, view: Tensor, rng: np.random.Generator) -> Tensor:
+        reach = min(0.8 * self.jitter, 1.0)
+        for step in rng.permutation(4):
+            factor = rng.uniform(1 - reach, 1 + reach)
+            match int(step):
+                case 0:
+                    view = F.adjust_brightness(view, factor)
+                case 1:
+                    view = F.adjust_contrast(view, factor)
+                case 2:
+                    view = F.adjust_saturation(view, factor)
+                case _:
+                    hue = min(0.2 * self.jitter, 0.5)
+                    view = F.adjust_hue(view, rng.uniform(-hue, hue))
+        return view

@@ -1,0 +1,345 @@
+"""The loop: batches, objective, gradients, step. It trains every objective of this project."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featdistill.core.errors import DataError, Interrupted, NonFiniteError
+from featdistill.core.seeds import SampleStream
+from featdistill.core.types import Batch
+from featdistill.data.loader import training_batches
+from featdistill.data.loader import plainly
+from featdistill.data.sources import Source
+from featdistill.data.views import View
+from featdistill.engine.checkpoint import Checkpoints, restore, training_state
+from featdistill.engine.optimizer import set_rate
+from featdistill.engine.quarantine import Quarantine
+from featdistill.engine.runtime import Prepared, Runtime
+from featdistill.engine.schedule import Schedule
+from featdistill.engine.signals import StopRequest, stop_on_signals
+from featdistill.engine.tracking import Bar, MetricsLog, duration, say
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, apart from what it learns.
+
+    Attributes:
+        source, view: the images and how they are cut.
+        batch_size: global.
+        clip: largest gradient norm, or None.
+        stop_at: end early, to be resumed, at this step.
+        eval_every: steps between evaluations; None: a tenth of the run.
+    """
+
+    source: Source
+    view: View
+    batch_size: int
+    schedule: Schedule
+    seed: int
+    clip: float | None = None
+    micro_batches: int = 1
+    workers: int | None = None
+    log_every: int = 10
+    checkpoint_every: int = 500
+    checkpoint_keep: int = 2
+    eval_every: int | None = None
+    stop_at: int | None = None
+    bad_image_limit: float = 0.01
+    tensorboard: bool = True
+    title: str = "training"
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run went.
+
+    Attributes:
+        step: steps done.
+        finished: whether they are all.
+        seconds: of this session.
+        last: the last logged values.
+    """
+
+    step: int
+    finished: bool
+    seconds: float
+    last: Mapping[str, float] = field(default_factory=dict)
+
+
+def check_batch(batch_size: int, *, processes: int, micro_batches: int, even: bool = False) -> None:
+    """Raise DataError if a global batch cannot be shared out."""
+    parts = processes * micro_batches
+    if batch_size % parts:
+        raise DataError(
+            f"a batch of {batch_size} is not divisible by {processes} processes x "
+            f"{micro_batches} micro-batches",
+            fix=f"give --batch-size {max(1, batch_size // parts) * parts}",
+        )
+    if even and batch_size // parts % 2:
+        raise DataError(
+            f"mixup and cutmix pair images, and {batch_size // parts} a micro-batch is odd",
+            fix="give an even --batch-size, or --mix.mixup 0 --mix.cutmix 0",
+        )
+
+
+def fit(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    *,
+    runtime: Runtime,
+    folder: Path,
+    resume: bool = False,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> FitResult:
+    """Train an objective to the end of its schedule.
+
+    The weights after step n are a pure function of objective, data, plan and n: not of the number
+    of workers or micro-batches (up to rounding), nor of stops and resumes (to the bit, on CPU).
+
+    Args:
+        objective: from `Batch` to `Loss`; its state is what checkpoints keep. If it has
+            `end_step(reduce)`, that is called after each step.
+        optimizer: with groups from `parameter_groups`.
+        folder: the run's.
+        resume: go on from the newest checkpoint.
+        evaluate: scores to log, called now and then in evaluation mode.
+
+    Raises:
+        Interrupted: asked to stop by a signal; the state was saved.
+        NonFiniteError: the loss or a gradient was no number; the weights never saw it.
+        DataError: too many images were unreadable.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
+    wrapped, stepper = runtime.prepare(objective, optimizer)
+    start = 0
+    if resume and (checkpoint := checkpoints.latest()) is not None:
+        restore(checkpoint, objective, optimizer)
+        start = checkpoint.step
+        say(f"resumed at step {start} from {checkpoint.path}")
+    stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
+    metrics = MetricsLog(folder, resume_at=start, tensorboard=plan.tensorboard and runtime.first)
+    limit = plan.bad_image_limit
+    loop = _Loop(
+        objective=objective,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        stepper=stepper,
+        plan=plan,
+        runtime=runtime,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
+        evaluate=evaluate,
+        bar=Bar(plan.title, quiet=plan.quiet or not runtime.first),
+    )
+    with closing(metrics), stop_on_signals() as request:
+        return loop.run(start, stop, request)
+
+
+@dataclass
+class _Loop:
+    objective: nn.Module
+    wrapped: Prepared
+    optimizer: torch.optim.Optimizer
+    stepper: Any
+    plan: Plan
+    runtime: Runtime
+    metrics: MetricsLog
+    checkpoints: Checkpoints
+    quarantine: Quarantine
+    evaluate: Callable[[], Mapping[str, float]] | None
+    bar: Bar
+    last: dict[str, float] = field(default_factory=dict)
+
+    def run(self, start: int, stop: int, request: StopRequest) -> FitResult:
+        plan, began = self.plan, time.monotonic()
+        meter = _Meter(self.runtime.device)
+        every = plan.eval_every or max(1, plan.schedule.steps // 10)
+        self.bar.start(plan.schedule.steps, start)
+        self.objective.train()
+        saved = start
+        try:
+            for step, batch in enumerate(self._batches(start, stop, meter), start):
+                self.quarantine.add(batch.replaced)
+                self._step(step, batch, meter)
+                done = step + 1
+                final = done == stop
+                if done % plan.log_every == 0 or final:
+                    self._log(done, meter, start, began)
+                if self.evaluate and (done % every == 0 or done == plan.schedule.steps):
+                    self._evaluate(done, meter)
+                stopping = request.signal is not None
+                if done % plan.checkpoint_every == 0 or final or stopping:
+                    meter.check()
+                    self._save(done)
+                    saved = done
+                if stopping and not final:
+                    assert request.signal is not None
+                    raise Interrupted(
+                        f"stopped at step {done} of {plan.schedule.steps}; the state is saved",
+                        signal_number=request.signal,
+                        fix="go on with the same command and --resume",
+                    )
+        finally:
+            self.bar.stop()
+        assert saved == max(start, stop)
+        finished = stop == plan.schedule.steps
+        return FitResult(stop, finished, time.monotonic() - began, self.last)
+
+    def _batches(self, start: int, stop: int, meter: _Meter) -> Iterator[Batch]:
+        """Batches of the steps to do, timing how long the loop waits for them."""
+        if start >= stop:
+            return
+        loader = training_batches(
+            self.plan.source,
+            self.plan.view,
+            batch_size=self.plan.batch_size,
+            seed=self.plan.seed,
+            start=start,
+            stop=stop,
+            workers=self.plan.workers,
+            share=self.runtime.share,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+        iterator = plainly(loader)
+        while True:
+            before = time.monotonic()
+            batch = next(iterator, None)
+            meter.waited += time.monotonic() - before
+            if batch is None:
+                return
+            yield batch
+
+    def _step(self, step: int, batch: Batch, meter: _Meter) -> None:
+        set_rate(self.optimizer, self.plan.schedule.rate(step))
+        parts = batch.split(self.plan.micro_batches)
+        for number, part in enumerate(parts, 1):
+            stream = SampleStream(self.plan.seed, step, part.positions)
+            ready = self.runtime.batch(replace(part, stream=stream))
+            with self.runtime.accumulating(self.wrapped, more=number < len(parts)):
+                loss = self.wrapped(ready)
+                self.runtime.backward(loss, len(parts))
+            meter.add(loss.total, loss.parts, len(batch) / len(parts))
+        self._descend(meter)
+        end_step = getattr(self.objective, "end_step", None)
+        if end_step is not None:
+            end_step(self.runtime.sum)
+
+    def _descend(self, meter: _Meter) -> None:
+        """Clip and step, unless the gradient is no number; decided without asking the device."""
+        parameters = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        if self.plan.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip, norm)
+        bad = (~torch.isfinite(norm)).float()
+        # fused AdamW leaves weights and averages alone where this is 1 (GradScaler's own switch)
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self.stepper.step()
+        self.stepper.zero_grad()
+        meter.observe(norm, bad)
+
+    def _log(self, done: int, meter: _Meter, start: int, began: float) -> None:
+        plan = self.plan
+        values, waiting, speed = meter.take(self.runtime)
+        values |= {
+            "lr": plan.schedule.rate(done - 1),
+            "epoch": done * plan.batch_size / len(plan.source),
+            "images_per_second": speed,
+            "data_wait": waiting,
+        }
+        if len(self.quarantine):
+            values["bad_images"] = len(self.quarantine)
+        self.last |= values
+        if self.runtime.first:
+            self.metrics.write(done, values)
+        left = (time.monotonic() - began) / (done - start) * (plan.schedule.steps - done)
+        self.bar.update(
+            done,
+            f"loss {values['loss']:.4f}  {speed:,.0f} images/s  left {duration(left)}  "
+            f"waiting for data {waiting:.0%}",
+        )
+
+    def _evaluate(self, done: int, meter: _Meter) -> None:
+        assert self.evaluate is not None
+        before = time.monotonic()
+        self.objective.eval()
+        with torch.no_grad():
+            scores = dict(self.evaluate())
+        self.objective.train()
+        meter.pause(time.monotonic() - before)
+        self.last |= scores
+        if self.runtime.first:
+            self.metrics.write(done, scores)
+
+    def _save(self, done: int) -> None:
+        if self.runtime.first:
+            state = training_state(self.objective, self.optimizer)
+            self.checkpoints.save(done, state, {"images": done * self.plan.batch_size})
+        self.runtime.barrier()
+
+
+class _Meter:
+    """Sums on the device; only `take` and `check` wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.waited = 0.0
+        self._reset()
+        self._bad = torch.zeros((), device=device)
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._images = 0.0
+        self._norms = torch.zeros((), device=self.device)
+        self._steps = 0
+        self.waited = 0.0
+        self._since = time.monotonic()
+
+    def add(self, total: Tensor, parts: Mapping[str, Tensor], images: float) -> None:
+        for name, value in {"loss": total, **parts}.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach() * images
+        self._images += images
+
+    def observe(self, norm: Tensor, bad: Tensor) -> None:
+        self._norms += norm
+        self._bad += bad
+        self._steps += 1
+
+    def pause(self, seconds: float) -> None:
+        """Leave some time out of the speed."""
+        self._since += seconds
+
+    def check(self) -> None:
+        """Raise NonFiniteError if a gradient was no number since the last look."""
+        count = int(self._bad.item())
+        if count:
+            raise NonFiniteError(
+                f"the loss or a gradient was not finite in {count} of the last steps; the weights "
+                "were left as they were before",
+                fix="try a smaller --lr, --precision float32, or look at the teacher's features",
+            )
+
+    def take(self, runtime: Runtime) -> tuple[dict[str, float], float, float]:
+        """Means since the last call, the share of time spent waiting, and images a second."""
+        self.check()
+        names = list(self._sums)
+        packed = torch.stack([self._sums[n].float() for n in names]) / self._images
+        means = (runtime.sum(packed) / runtime.share.world).tolist()
+        values = dict(zip(names, means, strict=True))
+        values["grad_norm"] = float(self._norms) / max(1, self._steps)
+        elapsed = max(1e-9, time.monotonic() - self._since)
+        speed = self._images * runtime.share.world / elapsed
+        waiting = min(1.0, self.waited / elapsed)
+        self._reset()
+        return values, waiting, speed

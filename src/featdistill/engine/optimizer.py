@@ -1,0 +1,140 @@
+"""AdamW and its parameter groups: what decays, and how fast each layer learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+_TABLE = "relative_position_bias_table"
+_TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
+
+
+def decays(name: str, parameter: nn.Parameter, model: nn.Module) -> bool:
+    """Whether weight decay acts on a parameter.
+
+    Not on biases, norms and other 1-d parameters, tokens and absolute positions, nor on Swin V2's
+    position MLP and logit scale. ViT's relative bias table does decay (official code: models/*.py,
+    `no_weight_decay` and `no_weight_decay_keywords`).
+    """
+    if parameter.ndim <= 1 or name.endswith(".bias"):
+        return False
+    last = name.rsplit(".", 1)[-1]
+    if last == _TABLE:
+        return isinstance(model, Beit)
+    return last not in _TOKENS and "cpb_mlp" not in name and "logit_scale" not in name
+
+
+@dataclass(frozen=True)
+class LayerGroups:
+    """The layers of a model for layer-wise decay: `layer_of` a parameter's name, 0 .. `last`."""
+
+    layer_of: Callable[[str], int]
+    last: int
+
+    def scale(self, name: str, decay: float) -> float:
+        """Factor on the learning rate: 1 for the last layer, less for each before it."""
+        return decay ** (self.last - self.layer_of(name))
+
+
+def layer_groups(model: nn.Module) -> LayerGroups:
+    """The official grouping: embedding 0, block l is l + 1, everything else last.
+
+    A shared bias counts as the last group; Swin's downsampling belongs to the end of the stage
+    before it. Other families are grouped by timm's own matcher.
+    """
+    if isinstance(model, Beit | Eva | VisionTransformer):
+        return _vit_groups(len(model.blocks))
+    if isinstance(model, SwinTransformer | SwinTransformerV2):
+        return _swin_groups([len(stage.blocks) for stage in model.layers])
+    return _timm_groups(model)
+
+
+def _vit_groups(depth: int) -> LayerGroups:
+    def layer_of(name: str) -> int:
+        first, _, rest = name.partition(".")
+        if first == "patch_embed" or first in _TOKENS:
+            return 0
+        if first == "blocks":
+            return int(rest.partition(".")[0]) + 1
+        return depth + 1
+
+    return LayerGroups(layer_of, depth + 1)
+
+
+def _swin_groups(depths: list[int]) -> LayerGroups:
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+
+    def layer_of(name: str) -> int:
+        parts = name.split(".")
+        if parts[0] in ("patch_embed", *_TOKENS):
+            return 0
+        if parts[0] == "layers":
+            start = starts[int(parts[1])]
+            # timm keeps a downsampling at the head of the stage that follows it
+            return start + int(parts[3]) + 1 if parts[2] == "blocks" else start
+        return sum(depths) + 1
+
+    return LayerGroups(layer_of, sum(depths) + 1)
+
+
+def _timm_groups(model: nn.Module) -> LayerGroups:
+    from timm.models import group_parameters
+
+    matcher = getattr(model, "group_matcher", None)
+    if matcher is None:
+        return LayerGroups(lambda name: 0, 0)
+    table: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
+    return LayerGroups(lambda name: table[name], max(table.values()))
+
+
+def parameter_groups(
+    parts: Iterable[tuple[str, nn.Module]], *, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Optimiser groups of several modules; each trainable parameter is in exactly one.
+
+    Args:
+        parts: (prefix, module); a module called `backbone` is the one that layer decay acts on.
+
+    Returns:
+        Groups with `params`, `names`, `weight_decay` and `lr_scale`.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for prefix, module in parts:
+        layers = layer_groups(module) if layer_decay < 1 else None
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            scale = layers.scale(name, layer_decay) if layers else 1.0
+            decay = decays(name, parameter, module)
+            group = groups.setdefault(
+                (scale, decay),
+                {
+                    "params": [],
+                    "names": [],
+                    "weight_decay": weight_decay if decay else 0.0,
+                    "lr_scale": scale,
+                },
+            )
+            group["params"].append(parameter)
+            group["names"].append(f"{prefix}{name}")
+    return list(groups.values())
+
+
+def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused AdamW; its rates are set by the loop at every step."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups, each times its `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]

@@ -1,0 +1,47 @@
+"""Unreadable images of a run: listed in quarantine.jsonl, and too many end it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from featdistill.core.errors import DataError
+from featdistill.core.types import Replaced
+
+
+class Quarantine:
+    """Counts the distinct unreadable images.
+
+    Args:
+        file: where they are listed.
+        images: how many images the data has.
+        limit: largest share of them that may be unreadable.
+    """
+
+    def __init__(self, file: Path, *, images: int, limit: float) -> None:
+        self.file, self.images, self.limit = file, images, limit
+        self._known: set[int] = set()
+        if file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            self._known = {json.loads(line)["index"] for line in lines if line.endswith("}")}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, replaced: Iterable[Replaced]) -> None:
+        """Note images; raises DataError once their share passes the limit."""
+        new = [r for r in replaced if r.index not in self._known]
+        if not new:
+            return
+        with open(self.file, "a", encoding="utf-8") as out:
+            for r in new:
+                self._known.add(r.index)
+                out.write(json.dumps({"index": r.index, "reason": r.reason}) + "\n")
+        if len(self._known) > self.limit * self.images:
+            raise DataError(
+                f"{len(self._known)} of {self.images} images cannot be read, the last: "
+                f"{new[-1].reason}",
+                expected=f"at most {self.limit:.2%} (--data.bad_image_limit)",
+                fix=f"see '{self.file}'",
+            )

@@ -1,0 +1,153 @@
+"""A run's folder: made, claimed, resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from featdistill.core.errors import RunError
+from featdistill.core.records import environment, write_json
+
+log = logging.getLogger("featdistill")
+
+# what may differ between a run and its continuation, because it changes no weight
+_HARMLESS = frozenset(
+    (
+        "run.resume",
+        "run.out",
+        "run.log_every",
+        "run.checkpoint_every",
+        "run.checkpoint_keep",
+        "run.tensorboard",
+        "schedule.stop_at",
+        "data.workers",
+    )
+)
+
+
+class RunDir:
+    """The folder of a run: `config.yaml`, `environment.json`, `metrics.jsonl`, `log.txt`, ..."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def check_out(out: str, *, resume: bool) -> None:
+    """Raise RunError if a run cannot live in `out`; before any long work, writing nothing."""
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise RunError(f"output '{out}' is a file", expected="a folder", fix="give another --out")
+    if resume:
+        if not (path / "config.yaml").is_file():
+            raise RunError(
+                f"there is no run to resume in '{out}'", fix="leave --resume out to begin one"
+            )
+        return
+    if path.is_dir() and any(path.iterdir()):
+        done = (path / "config.yaml").is_file()
+        raise RunError(
+            f"output folder '{out}' is not empty",
+            fix="continue that run with --resume, or give another --out"
+            if done
+            else "give another --out",
+        )
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(
+            f"cannot write to output '{out}' ('{parent}' is not a writable folder)",
+            fix="give another --out",
+        )
+
+
+def open_run(out: str, config: BaseModel, *, resume: bool) -> RunDir:
+    """Make a run's folder, or open it again.
+
+    Raises:
+        RunError: see `check_out`; or the resumed run had another configuration.
+    """
+    check_out(out, resume=resume)
+    path = Path(out).expanduser()
+    values = config.model_dump(mode="json")
+    if resume:
+        _check_same(path, values)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            text = yaml.safe_dump(values, sort_keys=False)
+            (path / "config.yaml").write_text(text, encoding="utf-8")
+        write_json(path / "environment.json", environment())
+    except OSError as error:
+        raise RunError(
+            f"cannot write to output '{out}' ({error.strerror or error})", fix="give another --out"
+        ) from None
+    _log_to(path / "log.txt")
+    return RunDir(path)
+
+
+def _check_same(path: Path, values: dict[str, Any]) -> None:
+    try:
+        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RunError(f"cannot read '{path}/config.yaml' ({error})") from None
+    old, new = flatten(before), flatten(values)
+    differ = [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in _HARMLESS
+    ]
+    if differ:
+        raise RunError(
+            f"the run in '{path}' had another configuration ({'; '.join(differ)})",
+            fix="resume with the same options, or begin a new run in another --out",
+        )
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary by dotted paths."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
+
+
+def _log_to(file: Path) -> None:
+    for handler in list(log.handlers):
+        if isinstance(handler, logging.FileHandler):
+            log.removeHandler(handler)
+            handler.close()
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    if not file.is_file():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

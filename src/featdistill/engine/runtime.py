@@ -1,0 +1,193 @@
+"""Devices, processes and precision: the one file that knows of them (Lightning Fabric)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from featdistill.core.errors import RunError
+from featdistill.core.types import Batch, Loss
+from featdistill.data.loader import Share
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
+AttentionName = Literal["auto", "fused", "naive"]
+
+
+def pick_device(name: DeviceName) -> str:
+    """`cpu` or `cuda`.
+
+    Raises:
+        RunError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("device 'cuda', but torch sees none", fix="use --device cpu or auto")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+class _Box:
+    """Carries a batch past Fabric, which would look into (and refuse) a frozen dataclass."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+
+class _Shell(nn.Module):
+    """An objective in the form that Fabric and DDP want: tensors out, nothing to look into."""
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, box: _Box) -> dict[str, Tensor]:
+        loss: Loss = self.objective(box.batch)
+        return {"": loss.total, **loss.parts}
+
+
+class Prepared:
+    """An objective on its device, under the precision and strategy: `Batch` to `Loss`."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __call__(self, batch: Batch) -> Loss:
+        found = self.wrapped(_Box(batch))
+        return Loss(found.pop(""), found)
+
+
+class Runtime:
+    """Where a run computes.
+
+    Args:
+        device: auto, cpu or cuda.
+        devices: processes on this machine, one a device.
+        nodes: machines.
+        precision: `auto` is bf16 on a CUDA device that has it, and float32 elsewhere.
+        attention: `auto` is naive on CPU, where fused attention with a learnable bias is slower.
+
+    Raises:
+        RunError: no such device.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: DeviceName = "auto",
+        devices: int = 1,
+        nodes: int = 1,
+        precision: PrecisionName = "auto",
+        attention: AttentionName = "auto",
+    ) -> None:
+        kind = pick_device(device)
+        if kind == "cuda" and devices > torch.cuda.device_count():
+            raise RunError(
+                f"{devices} devices, but this machine has {torch.cuda.device_count()}",
+                fix="give a smaller --run.devices",
+            )
+        if precision == "auto":
+            precision = (
+                "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+            )
+        if precision == "fp16" and kind == "cpu":
+            raise RunError("precision fp16 on a CPU", fix="use --precision bf16 or float32")
+        self.precision = precision
+        names = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+        self.fabric = Fabric(
+            accelerator=kind,
+            devices=devices,
+            num_nodes=nodes,
+            precision=names[precision],  # type: ignore[arg-type]
+            strategy="ddp" if devices * nodes > 1 else "auto",
+        )
+        self.fabric.launch()
+        self.attention = attention
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self.fabric.device
+
+    @property
+    def share(self) -> Share:
+        """This process among all."""
+        return Share(self.fabric.global_rank, self.fabric.world_size)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.fabric.is_global_zero
+
+    def describe(self) -> str:
+        """Device, processes and precision in a few words."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        world = self.fabric.world_size
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return f"{world} x {name}{threads}, {self.precision}"
+
+    def choose_attention(self, model: nn.Module) -> None:
+        """Set timm's attention layers to fused or naive (the same mathematics)."""
+        fused = self.attention == "fused" or (
+            self.attention == "auto" and self.device.type == "cuda"
+        )
+        for module in model.modules():
+            if isinstance(getattr(module, "fused_attn", None), bool):
+                module.fused_attn = fused  # type: ignore[assignment]
+
+    def prepare(
+        self, objective: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[Prepared, Any]:
+        """Move an objective to the device and wrap it and its optimiser."""
+        mover = getattr(objective, "to_device", None)
+        if mover is not None:
+            mover(self.device)
+        wrapped, stepper = self.fabric.setup(_Shell(objective), optimizer)
+        return Prepared(wrapped), stepper
+
+    def backward(self, loss: Loss, parts: int) -> None:
+        """Backward pass of one of `parts` micro-batches."""
+        self.fabric.backward(loss.total / parts)
+
+    @contextmanager
+    def accumulating(self, prepared: Prepared, *, more: bool) -> Iterator[None]:
+        """Skip the exchange of gradients while there are `more` micro-batches to come."""
+        with self.fabric.no_backward_sync(prepared.wrapped, enabled=more and self.share.world > 1):
+            yield
+
+    def batch(self, batch: Batch) -> Batch:
+        """A uint8 batch on the device, as float."""
+        return batch.to(self.device).as_float()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over all processes."""
+        if self.share.world == 1:
+            return value
+        return self.fabric.all_reduce(value, reduce_op="sum")  # type: ignore[no-any-return]
+
+    def gather(self, value: Tensor) -> Tensor:
+        """Concatenation over all processes of 1-d or 2-d tensors that may differ in length."""
+        if self.share.world == 1:
+            return value
+        parts: list[Any] = [None] * self.share.world
+        torch.distributed.all_gather_object(parts, value.cpu())
+        return torch.cat(parts)
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.fabric.barrier()
+
+    def autocast(self) -> Any:
+        """The precision's context, for passes outside the wrapped objective."""
+        return self.fabric.autocast()
+
+
+def limit_threads() -> None:
+    """Use the cores this process may use, not those the machine has (containers, SLURM)."""
+    cores = len(os.sched_getaffinity(0))
+    if torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)

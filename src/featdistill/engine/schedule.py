@@ -1,0 +1,58 @@
+"""How long a run is, and its learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up and a cosine, by step.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        warmup: of them, steps of linear warm-up.
+        peak, start, final: learning rates.
+    """
+
+    steps: int
+    warmup: int
+    peak: float
+    start: float
+    final: float
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ..., `steps` - 1."""
+        if step < self.warmup:
+            return self.start + (self.peak - self.start) * step / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_schedule(
+    *,
+    per_epoch: int,
+    epochs: float | None,
+    steps: int | None,
+    peak: float,
+    warmup: float,
+    start_ratio: float,
+    final_ratio: float,
+) -> Schedule:
+    """A schedule from epochs or steps and from ratios to the peak rate.
+
+    Args:
+        per_epoch: steps in an epoch.
+        warmup: share of the steps.
+        start_ratio, final_ratio: first and last rate over the peak.
+    """
+    total = steps if steps is not None else max(1, round((epochs or 1) * per_epoch))
+    return Schedule(
+        total, round(warmup * total), peak, min(peak, peak * start_ratio), peak * final_ratio
+    )
+
+
+def scaled_rate(lr: float | None, lr_per_512: float, batch_size: int) -> float:
+    """The peak rate: as given, or by the linear rule (Goyal et al. 2017)."""
+    return lr if lr is not None else lr_per_512 * batch_size / 512

@@ -1,0 +1,237 @@
+"""The one contract that every model stands behind: images in [0, 1] go in, `Features` come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featdistill.core.errors import ModelError
+from featdistill.core.seeds import SampleStream
+from featdistill.core.types import Features, LayerFeatures
+from featdistill.models.droppath import DropPathSlot, key_drop_path
+from featdistill.models.layout import grid_of, layout_of, measure
+
+Rgb = tuple[float, float, float]
+IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
+IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TimmBuild:
+    """How to build a model again in plain timm: `timm.create_model(architecture, **arguments)`."""
+
+    architecture: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model and its weights come from.
+
+    Attributes:
+        spec: what the user wrote, or a description.
+        weights: `random (seed 0)`, a hub name, or a file with its hash.
+        licence: the weights' licence as far as it is known.
+    """
+
+    spec: str
+    weights: str
+    licence: str | None = None
+
+
+class Backbone(nn.Module):
+    """A timm model as `Backbone -> Features`.
+
+    Attributes:
+        model: the timm model.
+        width: channels of the map.
+        grid: (h, w) tokens of the map at `image_size`.
+        num_prefix: prefix tokens, named by `prefix_names`.
+        mean, std: the normalisation of RGB in [0, 1].
+        image_size: (height, width) in pixels that the model is made for.
+        patch: pixels of the image for each token of the map.
+        fixed_size: the model takes no other size without being rebuilt.
+        build: how to make it again, or None.
+        origin: where the weights come from.
+        class_names: of the classifier, if any.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Rgb,
+        std: Rgb,
+        image_size: tuple[int, int],
+        origin: Origin,
+        build: TimmBuild | None = None,
+        class_names: tuple[str, ...] | None = None,
+        fixed_size: bool = True,
+        always_drop_path: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.origin, self.build, self.class_names = origin, build, class_names
+        self.image_size, self.fixed_size = image_size, fixed_size
+        self.slot = DropPathSlot(always=always_drop_path)
+        key_drop_path(model, self.slot)
+        # not persistent: a checkpoint holds weights, and these are stated beside them
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        blank = measure(model, image_size)
+        self.layout = layout_of(model)
+        map_, prefix = self.layout.split(blank, grid_of(model, *image_size))
+        self.width = map_.shape[1]
+        self.grid = (map_.shape[2], map_.shape[3])
+        self.num_prefix = prefix.shape[1]
+        self.patch = round(image_size[0] / self.grid[0])
+
+    @property
+    def prefix_names(self) -> tuple[str, ...]:
+        """Names of the prefix tokens: `cls`, `dist`, `reg1`, ..."""
+        return self.layout.prefix_names
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the model's own classifier; 0 if it has none."""
+        return int(getattr(self.model, "num_classes", 0) or 0)
+
+    @property
+    def rgb(self) -> tuple[Rgb, Rgb]:
+        """Mean and standard deviation as plain numbers."""
+        mean, std = (tuple(t.flatten().tolist()) for t in (self.mean, self.std))
+        return mean, std  # type: ignore[return-value]
+
+    @property
+    def parameters_count(self) -> int:
+        """Weights of the model, head included."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def layer_grids(self) -> tuple[tuple[int, int], ...]:
+        """The token grid of each layer that `forward` can return, first to last."""
+        info = getattr(self.model, "feature_info", None)
+        if not info:
+            return ()
+        entries = [info[i] if isinstance(info, list) else info.info[i] for i in range(len(info))]
+        height, width = self.image_size
+        return tuple((-(-height // e["reduction"]), -(-width // e["reduction"])) for e in entries)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ModelError if the model cannot see images of this size."""
+        if self.fixed_size and (height, width) != self.image_size:
+            raise ModelError(
+                f"'{self.origin.spec}' was built for {self.image_size[0]}x{self.image_size[1]} "
+                f"images, not {height}x{width}"
+            )
+
+    def forward(
+        self,
+        images: Tensor,
+        layers: Sequence[int] = (),
+        *,
+        stream: SampleStream | None = None,
+        slot_name: str = "student",
+    ) -> Features:
+        """Features of images.
+
+        Args:
+            images: (B, 3, height, width) float RGB in [0, 1].
+            layers: indices of intermediate layers (blocks of a ViT, stages of a hierarchical
+                model; negative from the end) to return too.
+            stream: address of the drop-path masks.
+            slot_name: tells the masks of one model from another's.
+        """
+        height, width = images.shape[-2:]
+        self.check_size(height, width)
+        self.slot.fill(stream, images.device, slot_name)
+        x = (images - self.mean) / self.std
+        grid = grid_of(self.model, height, width)
+        if layers:
+            final, intermediates = self._with_layers(x, layers)
+        else:
+            final, intermediates = self.model.forward_features(x), {}  # type: ignore[operator]
+        map_, prefix = self.layout.split(final, grid)
+        pooled = self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
+        logits = self.model.forward_head(final) if self.num_classes else None  # type: ignore[operator]
+        if isinstance(logits, tuple):  # distilled DeiT in training mode
+            logits = torch.stack(logits).mean(0)
+        return Features(map_, prefix, self.prefix_names, pooled, logits, intermediates)
+
+    def _with_layers(
+        self, x: Tensor, layers: Sequence[int]
+    ) -> tuple[Tensor, dict[int, LayerFeatures]]:
+        count = len(self.layer_grids)
+        positive = [i + count if i < 0 else i for i in layers]
+        if any(not 0 <= i < count for i in positive):
+            raise ModelError(
+                f"layer {', '.join(map(str, layers))} of '{self.origin.spec}'",
+                expected=f"0 to {count - 1}, or -{count} to -1",
+            )
+        order = sorted(set(positive))
+        extra = {"return_prefix_tokens": True} if self.num_prefix else {}
+        final, taken = self.model.forward_intermediates(x, indices=order, **extra)  # type: ignore[operator]
+        found = {}
+        for index, value in zip(order, taken, strict=True):
+            map_, prefix = value if isinstance(value, tuple) else (value, None)
+            if prefix is None:
+                prefix = map_.new_empty(len(map_), 0, map_.shape[1])
+            found[index] = LayerFeatures(map_, prefix)
+        return final, {asked: found[i] for asked, i in zip(layers, positive, strict=True)}
+
+
+class CustomBackbone(Backbone):
+    """A user's own module behind the contract.
+
+    The module takes normalised images and returns a map (B, C, h, w), tokens (B, N, C), or
+    `Features`. It may say `mean`, `std`, `image_size` and `num_prefix_tokens` itself.
+    """
+
+    def __init__(self, module: nn.Module, *, image_size: int | None, origin: Origin) -> None:
+        size = image_size or int(getattr(module, "image_size", 224))
+        super().__init__(
+            _Adapter(module),
+            mean=tuple(getattr(module, "mean", IMAGENET_MEAN)),
+            std=tuple(getattr(module, "std", IMAGENET_STD)),
+            image_size=(size, size),
+            origin=origin,
+            fixed_size=False,
+        )
+
+
+class _Adapter(nn.Module):
+    """The part of timm's interface that `Backbone` calls, over a module with `forward` only."""
+
+    feature_info = None
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.num_prefix_tokens = int(getattr(module, "num_prefix_tokens", 0))
+        self.cls_token = True if self.num_prefix_tokens else None
+        self.num_classes = 0
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        out = self.module(x)
+        if isinstance(out, Features):
+            if not out.prefix.shape[1]:
+                return out.map
+            self.num_prefix_tokens = out.prefix.shape[1]
+            return torch.cat([out.prefix, out.map.flatten(2).transpose(1, 2)], dim=1)
+        if not isinstance(out, Tensor):
+            raise ModelError(
+                f"the module returned a {type(out).__name__}",
+                expected="a map (B, C, h, w), tokens (B, N, C) or Features",
+            )
+        return out
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        assert pre_logits
+        return x.mean((2, 3)) if x.ndim == 4 else x[:, self.num_prefix_tokens :].mean(1)

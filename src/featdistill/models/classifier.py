@@ -1,0 +1,165 @@
+"""A backbone becomes a classifier: pooled, a fresh norm, a linear layer; in timm's own terms.
+
+The result is again a `Backbone` over a plain timm model, so that it exports, loads and predicts
+like any other. Other architectures get a generic head.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.resnet import ResNet
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from featdistill.core.errors import ModelError
+from featdistill.core.seeds import seeded_globals
+from featdistill.models.backbone import Backbone, TimmBuild
+from featdistill.models.timm_models import create
+from featdistill.models.transfer import SHARED_TABLE, layer_table
+from featdistill.models.weights import load_exactly
+
+PoolName = Literal["mean", "cls"]
+_VITS = (Beit, Eva, VisionTransformer)
+_MAPS = (SwinTransformer, SwinTransformerV2, ConvNeXt, ResNet)
+_HEAD_SCALE = 1e-3  # BEiT's: a head that starts near zero leaves the backbone's features be
+
+
+def build_classifier(
+    backbone: Backbone,
+    *,
+    class_names: tuple[str, ...],
+    pool: PoolName = "mean",
+    drop_path: float = 0.0,
+    seed: int = 0,
+) -> Backbone:
+    """A classifier with the backbone's weights.
+
+    ViTs: the final norm is left out and a fresh one follows the pooling; a shared relative
+    position bias is copied into each layer, and then learnt per layer (as the official recipe
+    does). Swin, ConvNeXt and ResNet keep their norm and pooling.
+
+    Args:
+        class_names: one a class.
+        pool: mean over the map, or the CLS token (ViTs).
+        drop_path: stochastic depth rate.
+        seed: of the new head.
+
+    Returns:
+        A backbone of its own; `backbone` is left as it is.
+    """
+    model = backbone.model
+    if pool == "cls" and "cls" not in backbone.prefix_names:
+        raise ModelError(f"'{backbone.origin.spec}' has no CLS token to pool", fix="use --pool mean")
+    plain = isinstance(model, (*_VITS, *_MAPS)) and not hasattr(model, "dist_token")
+    with seeded_globals("head", seed):
+        if backbone.build is None or not plain:
+            return _headed(backbone, class_names, pool)
+        new, build = _rebuild(backbone, len(class_names), pool, drop_path)
+    mean, std = backbone.rgb
+    return Backbone(
+        new,
+        mean=mean,
+        std=std,
+        image_size=backbone.image_size,
+        origin=backbone.origin,
+        build=build,
+        class_names=class_names,
+        fixed_size=backbone.fixed_size,
+    )
+
+
+def _rebuild(
+    backbone: Backbone, classes: int, pool: PoolName, drop_path: float
+) -> tuple[nn.Module, TimmBuild]:
+    assert backbone.build is not None
+    model = backbone.model
+    arguments: dict[str, Any] = {**backbone.build.arguments, "num_classes": classes}
+    state = dict(model.state_dict())
+    fresh: tuple[str, ...] = ("head.fc.",)
+    if isinstance(model, _VITS):
+        arguments["global_pool"] = "avg" if pool == "mean" else "token"
+        arguments["fc_norm" if isinstance(model, VisionTransformer) else "use_fc_norm"] = True
+        fresh = ("norm.", "fc_norm.", "head.", "attn_pool.")
+        if SHARED_TABLE in state:
+            arguments |= {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
+            _untie(state, layers=len(model.blocks))
+    elif isinstance(model, ResNet):
+        fresh = ("fc.",)
+    build = TimmBuild(backbone.build.architecture, arguments)
+    new = create(build.architecture, drop_path_rate=drop_path, **arguments)
+    _shrink_head(new)
+    kept = {k: v for k, v in state.items() if not k.startswith(fresh)}
+    kept |= {k: v for k, v in new.state_dict().items() if k.startswith(fresh)}
+    load_exactly(new, kept, what=backbone.origin.spec)
+    return new, build
+
+
+def _untie(state: dict[str, Tensor], layers: int) -> None:
+    """Copy the shared bias table into each layer (added to the layer's own, if it has one)."""
+    shared = state.pop(SHARED_TABLE)
+    for layer in range(layers):
+        own = state.get(layer_table(layer))
+        state[layer_table(layer)] = shared.clone() if own is None else own + shared
+
+
+@torch.no_grad()
+def _shrink_head(model: nn.Module) -> None:
+    head = model.get_classifier()  # type: ignore[operator]
+    assert isinstance(head, nn.Linear)
+    trunc_normal_(head.weight, std=0.02)
+    head.weight.mul_(_HEAD_SCALE)
+    nn.init.zeros_(head.bias)
+
+
+class _Headed(nn.Module):
+    """Any module with timm's feature interface, under a norm and a linear layer of its own."""
+
+    def __init__(self, backbone: Backbone, classes: int, pool: PoolName) -> None:
+        super().__init__()
+        self.body = backbone.model
+        self.pool, self.grid = pool, backbone.grid
+        self.num_prefix_tokens = backbone.num_prefix
+        for name in ("cls_token", "dist_token", "feature_info", "output_fmt", "patch_embed"):
+            if hasattr(backbone.model, name):
+                object.__setattr__(self, name, getattr(backbone.model, name))
+        self._layout = backbone.layout
+        self.num_classes = classes
+        self.out_norm = nn.LayerNorm(backbone.width, eps=1e-6)
+        self.out = nn.Linear(backbone.width, classes)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.out
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.body.forward_features(x)  # type: ignore[operator, no-any-return]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        map_, prefix = self._layout.split(x, None)
+        pooled = prefix[:, 0] if self.pool == "cls" else map_.mean((2, 3))
+        pooled = self.out_norm(pooled)
+        return pooled if pre_logits else self.out(pooled)  # type: ignore[no-any-return]
+
+
+def _headed(backbone: Backbone, class_names: tuple[str, ...], pool: PoolName) -> Backbone:
+    import copy
+
+    model = _Headed(copy.deepcopy(backbone), len(class_names), pool)
+    _shrink_head(model)
+    mean, std = backbone.rgb
+    return Backbone(
+        model,
+        mean=mean,
+        std=std,
+        image_size=backbone.image_size,
+        origin=backbone.origin,
+        class_names=class_names,
+        fixed_size=backbone.fixed_size,
+    )

@@ -1,0 +1,309 @@
+"""`load_backbone(spec)`: anything that can be used as a model, behind one contract."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from featdistill.core.errors import ModelError, RunError, did_you_mean
+from featdistill.core.seeds import seeded_globals
+from featdistill.models.backbone import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    CustomBackbone,
+    Origin,
+    TimmBuild,
+)
+from featdistill.models.students import SIZES
+from featdistill.models.timm_models import accepts, check_name, create
+from featdistill.models.weights import file_hash, load_exactly, read_json, read_tensors
+
+_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+def load_backbone(
+    spec: str,
+    *,
+    weights: str = "hub",
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    always_drop_path: bool = False,
+    seed: int = 0,
+) -> Backbone:
+    """Load a model as a `Backbone`, in evaluation mode.
+
+    Args:
+        spec: `timm/NAME`, `hf-hub:NAME`, a run or export folder of this project (or any folder
+            that timm reads as `local-dir:`), or `package.module:factory`, a callable without
+            arguments that returns a module.
+        weights: of `timm/NAME`: `hub`, `random`, or a checkpoint file.
+        image_size: side in pixels; the model's own by default. Positions are carried over.
+        drop_path: stochastic depth rate.
+        always_drop_path: drop in evaluation mode too.
+        seed: of random weights.
+
+    Raises:
+        ModelError: no such model or weights, or a checkpoint that does not fit.
+    """
+    options = {"drop_path": drop_path, "always_drop_path": always_drop_path}
+    if spec.startswith("timm/"):
+        return _timm(spec, weights, image_size, seed, **options).eval()
+    if weights not in ("hub", "random") or (weights == "random" and not spec.startswith("hf-hub:")):
+        raise ModelError(
+            f"weights '{weights}' were given for '{spec}', which has its own",
+            fix="give them with a timm/NAME, or leave them out",
+        )
+    if spec.startswith("hf-hub:"):
+        return _hub(spec, image_size, **options).eval()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return load_folder(path, image_size=image_size, **options).eval()
+    if ":" in spec and not path.exists():
+        return _factory(spec, image_size).eval()
+    raise _no_model(spec, path)
+
+
+def _no_model(spec: str, path: Path) -> ModelError:
+    if path.is_file() or path.suffix in _FILES:
+        what = "is a file without a name for its architecture" if path.is_file() else "is no file"
+        return ModelError(
+            f"model '{spec}' {what}",
+            fix=f"name the architecture and give the file as weights: timm/NAME with weights {spec}",
+        )
+    if len(path.parts) > 1:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = did_you_mean(path.name, siblings)
+    else:
+        hint = did_you_mean(f"timm/{spec}", [f"timm/{n}" for n in timm.list_models()])
+    if spec in SIZES:
+        hint = "that is a student's name; a model needs weights: timm/NAME or a run folder"
+    return ModelError(
+        f"no model '{spec}'",
+        expected="timm/NAME, hf-hub:NAME, a run or export folder, or package.module:factory",
+        fix=hint,
+    )
+
+
+def _timm(
+    spec: str,
+    weights: str,
+    image_size: int | None,
+    seed: int,
+    *,
+    drop_path: float,
+    always_drop_path: bool,
+) -> Backbone:
+    name = spec.removeprefix("timm/")
+    check_name(name)
+    architecture = name.partition(".")[0]
+    arguments: dict[str, Any] = {}
+    tensors = None
+    if weights not in ("hub", "random"):
+        tensors = read_tensors(Path(weights).expanduser())
+        classifier = timm.get_pretrained_cfg(architecture).classifier
+        first = classifier[0] if isinstance(classifier, tuple | list) else classifier
+        head = tensors.get(f"{first}.weight")
+        arguments["num_classes"] = 0 if head is None else head.shape[0]
+    elif image_size is not None and accepts(name, "img_size"):
+        arguments["img_size"] = image_size
+    with seeded_globals("model", seed):
+        model = create(
+            name, pretrained=weights == "hub", **arguments, **_rate(architecture, drop_path)
+        )
+    described = {"hub": f"timm hub: {name}", "random": f"random (seed {seed})"}.get(weights)
+    if tensors is not None:
+        file = Path(weights).expanduser()
+        load_exactly(model, tensors, what=weights)
+        described = f"{file.name} (sha256 {file_hash(file)})"
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    licence = config.get("license") if weights == "hub" else None
+    origin = Origin(spec, described or weights, licence)
+    build = TimmBuild(architecture, arguments)
+    backbone = _wrap(model, config, build, origin, arguments.get("img_size"), always_drop_path)
+    return backbone if image_size is None else resize(backbone, image_size)
+
+
+def _rate(architecture: str, drop_path: float) -> dict[str, float]:
+    """Said explicitly even at 0: some of timm's families drop 0.1 by default."""
+    if accepts(architecture, "drop_path_rate"):
+        return {"drop_path_rate": drop_path}
+    if drop_path:
+        raise ModelError(f"timm's '{architecture}' has no drop path", fix="leave the rate out")
+    return {}
+
+
+def _wrap(
+    model: nn.Module,
+    config: dict[str, Any],
+    build: TimmBuild,
+    origin: Origin,
+    image_size: int | None,
+    always_drop_path: bool,
+    class_names: tuple[str, ...] | None = None,
+) -> Backbone:
+    height, width = config["input_size"][1:]
+    channels = config["input_size"][0]
+    if channels != 3:
+        raise ModelError(f"'{origin.spec}' takes {channels} channels", expected="3 (RGB)")
+    arguments = {**build.arguments, "num_classes": int(model.num_classes)}  # type: ignore[arg-type]
+    if accepts(build.architecture, "img_size"):
+        arguments.setdefault("img_size", image_size or height)
+    if isinstance(getattr(model, "global_pool", None), str):
+        arguments.setdefault("global_pool", model.global_pool)
+    size = (image_size, image_size) if image_size is not None else (height, width)
+    return Backbone(
+        model,
+        mean=tuple(config.get("mean") or IMAGENET_MEAN),
+        std=tuple(config.get("std") or IMAGENET_STD),
+        image_size=size,
+        origin=origin,
+        build=TimmBuild(build.architecture, arguments),
+        class_names=class_names,
+        fixed_size=accepts(build.architecture, "img_size"),
+        always_drop_path=always_drop_path,
+    )
+
+
+def resize(backbone: Backbone, image_size: int) -> Backbone:
+    """The backbone at another image size, positions and windows carried over (by timm)."""
+    if backbone.image_size == (image_size, image_size):
+        return backbone
+    model = backbone.model
+    if backbone.fixed_size:
+        if not hasattr(model, "set_input_size"):
+            raise ModelError(
+                f"'{backbone.origin.spec}' cannot be carried from {backbone.image_size[0]} to "
+                f"{image_size} pixels",
+                fix="leave the image size out",
+            )
+        try:
+            model.set_input_size(img_size=(image_size, image_size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"'{backbone.origin.spec}' cannot see {image_size} pixels "
+                f"({' '.join(str(error).split())[:120]})",
+                expected=f"a multiple of its patch of {backbone.patch}",
+            ) from None
+    assert backbone.build is not None or not backbone.fixed_size
+    build = backbone.build
+    if build is not None and backbone.fixed_size:
+        build = TimmBuild(build.architecture, {**build.arguments, "img_size": image_size})
+    mean, std = backbone.rgb
+    return Backbone(
+        model,
+        mean=mean,
+        std=std,
+        image_size=(image_size, image_size),
+        origin=backbone.origin,
+        build=build,
+        class_names=backbone.class_names,
+        fixed_size=backbone.fixed_size,
+        always_drop_path=backbone.slot.always,
+    )
+
+
+def _hub(
+    spec: str, image_size: int | None, *, drop_path: float, always_drop_path: bool
+) -> Backbone:
+    try:
+        model = timm.create_model(spec, pretrained=True, drop_path_rate=drop_path)
+    except Exception as error:  # the hub client and timm raise many kinds
+        line = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"cannot load '{spec}' ({line})", fix="check the name and the connection"
+        ) from None
+    config: dict[str, Any] = model.pretrained_cfg
+    build = TimmBuild(config["architecture"], dict(config.get("model_args") or {}))
+    origin = Origin(spec, spec, config.get("license"))
+    backbone = _wrap(model, config, build, origin, None, always_drop_path)
+    return backbone if image_size is None else resize(backbone, image_size)
+
+
+def find_export(folder: Path) -> Path:
+    """The folder with `config.json` and weights: a run's export, or the folder itself.
+
+    Raises:
+        RunError: there is none.
+    """
+    for candidate in (folder / "export", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if (folder / "config.yaml").is_file():
+        raise RunError(
+            f"the run in '{folder}' has no export yet",
+            fix="finish it (the same command with --resume)",
+        )
+    raise RunError(
+        f"'{folder}' is not a model", expected="a run folder, or one with config.json and weights"
+    )
+
+
+def load_folder(
+    folder: Path,
+    *,
+    image_size: int | None = None,
+    drop_path: float = 0.0,
+    always_drop_path: bool = False,
+) -> Backbone:
+    """Load an export (or any folder in timm's `local-dir:` layout), strictly."""
+    export = find_export(folder)
+    config = read_json(export / "config.json")
+    if "architecture" not in config:
+        raise ModelError(f"'{export}/config.json' names no architecture", expected="timm's layout")
+    architecture = str(config["architecture"])
+    check_name(architecture)
+    pretrained = config.get("pretrained_cfg", config)
+    if "input_size" not in pretrained:
+        raise ModelError(f"'{export}/config.json' says no input_size", expected="timm's layout")
+    arguments = dict(config.get("model_args") or {})
+    arguments.setdefault("num_classes", config.get("num_classes", 0))
+    model = create(architecture, **arguments, **_rate(architecture, drop_path))
+    file = next(
+        (export / n for n in ("model.safetensors", "pytorch_model.bin") if (export / n).is_file()),
+        None,
+    )
+    if file is None:
+        raise ModelError(f"no weights in '{export}'", expected="model.safetensors")
+    load_exactly(model, read_tensors(file), what=str(file))
+    names = pretrained.get("label_names") or config.get("label_names")
+    origin = Origin(str(folder), f"{file} (sha256 {file_hash(file)})", pretrained.get("license"))
+    backbone = _wrap(
+        model,
+        pretrained,
+        TimmBuild(architecture, arguments),
+        origin,
+        arguments.get("img_size"),
+        always_drop_path,
+        tuple(names) if names else None,
+    )
+    return backbone if image_size is None else resize(backbone, image_size)
+
+
+def _factory(spec: str, image_size: int | None) -> Backbone:
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ModelError(
+            f"cannot import '{module_name}' for model '{spec}' ({error})",
+            expected="package.module:factory, importable from here",
+        ) from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        names = [n for n in dir(module) if not n.startswith("_")]
+        raise ModelError(
+            f"'{module_name}' has no callable '{name}'", fix=did_you_mean(name, names)
+        )
+    model = factory()
+    if isinstance(model, Backbone):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"'{spec}' returned a {type(model).__name__}", expected="a torch.nn.Module"
+        )
+    return CustomBackbone(model, image_size=image_size, origin=Origin(spec, "the factory's own"))

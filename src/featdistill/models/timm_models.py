@@ -1,0 +1,118 @@
+"""timm's models by name: created with plain errors, and with weights from hub or file."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import socket
+from functools import cache
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+from torch import nn
+
+from featdistill.core.errors import ModelError, did_you_mean, nearest
+
+
+def check_name(name: str) -> None:
+    """Raise ModelError, with the nearest names, if timm knows no such model or weights."""
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = [f"'timm/{n}'" for n in nearest(architecture, timm.list_models())]
+        raise ModelError(
+            f"timm has no model '{name}'",
+            fix=f"did you mean {' or '.join(close)}?"
+            if close
+            else "search with 'featdistill models PART_OF_NAME'",
+        )
+    tags = [n.partition(".")[2] for n in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise ModelError(
+            f"timm's '{architecture}' has no weights '{tag}'",
+            expected=", ".join(tags) or "no tag at all",
+            fix=did_you_mean(tag, tags),
+        )
+
+
+@cache
+def accepts(name: str, argument: str) -> bool:
+    """Whether a timm model's constructor takes an argument (`img_size`, `drop_path_rate`, ...)."""
+    with torch.device("meta"):
+        kind = type(timm.create_model(name.partition(".")[0]))
+    parents = [k for k in kind.__mro__ if issubclass(k, nn.Module)]
+    return any(argument in inspect.signature(k.__init__).parameters for k in parents)
+
+
+def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """`timm.create_model` whose failures say what to do.
+
+    Raises:
+        ModelError: no such model, unreachable weights, or arguments that it refuses.
+    """
+    check_name(name)
+    if pretrained:
+        _check_hub(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, **arguments)  # type: ignore[no-any-return]
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise _refused(name, error) from None
+        line = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"cannot get the weights of 'timm/{name}' ({line})", fix=_OFFLINE_FIX
+        ) from None
+    except (TypeError, AssertionError, ValueError) as error:
+        raise _refused(name, error) from None
+
+
+_OFFLINE_FIX = (
+    "connect to the internet, or give a file that you have: --teacher-weights FILE "
+    "(--weights FILE for a single model), or 'random'"
+)
+
+
+def _refused(name: str, error: Exception) -> ModelError:
+    return ModelError(f"timm cannot build '{name}' so: {' '.join(str(error).split())[:200]}")
+
+
+def _check_hub(name: str) -> None:
+    """Fail in seconds, not in the hub client's minute of retries, where there is no network."""
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise ModelError(
+            f"timm has no pretrained weights for '{name}'",
+            fix="give a checkpoint file, or 'random'",
+        )
+    if not config.hf_hub_id or _cached(config.hf_hub_id):
+        return
+    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return
+    from huggingface_hub import constants
+
+    address = urlparse(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or not _reachable(address.hostname or "", address.port or 443):
+        raise ModelError(
+            f"cannot get the weights of 'timm/{name}': {address.hostname} is out of reach and they "
+            "are not in the cache",
+            fix=_OFFLINE_FIX,
+        )
+
+
+def _reachable(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _cached(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    repository = repository.partition("@")[0]
+    return any(
+        isinstance(try_to_load_from_cache(repository, file), str)
+        for file in ("model.safetensors", "pytorch_model.bin")
+    )

@@ -1,0 +1,114 @@
+"""Weights from one architecture to another, where the mathematics is the same."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.beit import Beit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from featdistill.core.errors import ModelError
+from featdistill.models.backbone import Backbone
+from featdistill.models.weights import load_exactly
+
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
+
+
+def layer_table(layer: int) -> str:
+    """Name of a Beit layer's own relative position bias table."""
+    return f"blocks.{layer}.attn.relative_position_bias_table"
+
+
+def continue_from(student: Backbone, source: Backbone) -> list[str]:
+    """Start a student from another model's weights instead of random ones.
+
+    The same architecture is copied as it is. A plain ViT (DINO, DeiT, MAE, CLIP without its
+    pre-norm) becomes a BEiT-style student exactly: its key bias is left out (softmax does not see
+    it), layer scale starts at 1, and the student's relative bias at 0 where the source has none.
+
+    Returns:
+        Lines that say what was carried over and what was not.
+
+    Raises:
+        ModelError: the shapes or the mathematics differ.
+    """
+    new, old = student.model, source.model
+    state = dict(old.state_dict())
+    notes: list[str] = []
+    if isinstance(new, Beit) and isinstance(old, VisionTransformer):
+        state = _vit_to_beit(old, state, notes)
+    elif type(new) is not type(old):
+        raise ModelError(
+            f"a {type(new).__name__} student cannot start from the {type(old).__name__} "
+            f"'{source.origin.spec}'",
+            fix="use --student-init random, or a student of the teacher's family",
+        )
+    if isinstance(new, Beit):
+        _positions(new, state, notes)
+        if "fc_norm.weight" in state:  # a Beit that pools by the mean keeps its norm there
+            for part in ("weight", "bias"):
+                state[f"norm.{part}"] = state.pop(f"fc_norm.{part}")
+    wanted = new.state_dict()
+    left = sorted(k for k in state if k not in wanted and k.startswith(_HEADS))
+    if left:
+        notes.append(f"left out: {', '.join(left)} (the head)")
+    loaded = load_exactly(
+        new, state, what=source.origin.spec, left_out=lambda name: name.startswith(_HEADS)
+    )
+    return [loaded, *notes]
+
+
+_HEADS = ("head.", "head_dist.", "fc.", "fc_norm.")
+
+
+def _vit_to_beit(
+    old: VisionTransformer, state: dict[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
+    strangers = [
+        name
+        for name, found in (
+            ("register tokens", old.num_reg_tokens > 0),
+            ("distillation token", getattr(old, "dist_token", None) is not None),
+            ("pre-norm", "norm_pre.weight" in state),
+            ("query-key norm", "blocks.0.attn.q_norm.weight" in state),
+        )
+        if found
+    ]
+    if strangers or old.cls_token is None:
+        what = ", ".join(strangers) or "no CLS token"
+        raise ModelError(
+            f"a BEiT-style student cannot start from a ViT with {what}",
+            fix="use --student-init random",
+        )
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if name.endswith("attn.qkv.bias"):
+            q, _, v = value.chunk(3)
+            out[name.replace("qkv.bias", "q_bias")] = q
+            out[name.replace("qkv.bias", "v_bias")] = v
+        elif ".ls1.gamma" in name or ".ls2.gamma" in name:
+            out[name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")] = value
+        else:
+            out[name] = value
+    for layer in range(len(old.blocks)):
+        for gamma in ("gamma_1", "gamma_2"):
+            out.setdefault(f"blocks.{layer}.{gamma}", torch.ones(old.embed_dim))
+    notes.append("key biases left out (softmax is blind to them)")
+    return out
+
+
+def _positions(new: Beit, state: dict[str, Tensor], notes: list[str]) -> None:
+    """Make the state's position tensors those that the student has."""
+    wanted = new.state_dict()
+    tables = [SHARED_TABLE, *(layer_table(i) for i in range(len(new.blocks)))]
+    for name in tables:
+        if name in wanted and name not in state:
+            shared = state.get(SHARED_TABLE)
+            state[name] = torch.zeros_like(wanted[name]) if shared is None else shared.clone()
+            if shared is None and name == next(t for t in tables if t in wanted):
+                notes.append("relative position bias starts at 0")
+    dropped = [k for k in ("pos_embed", *tables) if k in state and k not in wanted]
+    for name in dropped:
+        del state[name]
+    if "pos_embed" in dropped:
+        notes.append("absolute position embedding left out (the student has none)")

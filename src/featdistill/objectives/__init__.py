@@ -1,0 +1,1 @@
+"""What is learned: each file holds one objective, an `nn.Module` from `Batch` to `Loss`."""

@@ -1,0 +1,242 @@
+"""Feature distillation (Wei et al. 2022, arXiv 2205.14141, section 3).
+
+    loss = smooth_l1( g(S(x)), whiten(T(x)), beta = 2 ), averaged over batch, tokens and channels
+
+B batch, P paired prefix tokens, N = P + h w tokens, C student and D teacher channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featdistill.core.errors import ModelError
+from featdistill.core.seeds import seeded_globals
+from featdistill.core.types import Batch, Features, Loss
+from featdistill.models.backbone import Backbone
+from featdistill.objectives.whitening import (
+    Reduce,
+    Standardize,
+    Statistics,
+    WhiteningName,
+    build_whitening,
+)
+
+TargetName = Literal["map", "gap", "logits"]
+DistanceName = Literal["smooth-l1", "mse", "l1", "cosine"]
+ResampleOrder = Literal["before-whitening", "after-whitening"]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which of the teacher's tokens the student learns.
+
+    Attributes:
+        prefix: names of prefix tokens that both have and that are paired.
+        left_out: prefix tokens of one side that have no partner, as `teacher.reg1`.
+        layer: the teacher's layer if not its last.
+        teacher_grid, student_grid: (h, w).
+    """
+
+    prefix: tuple[str, ...]
+    left_out: tuple[str, ...]
+    layer: int | None
+    teacher_grid: tuple[int, int]
+    student_grid: tuple[int, int]
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the teacher's map is carried to another grid."""
+        return self.teacher_grid != self.student_grid
+
+
+def pair(teacher: Backbone, student: Backbone, layer: int | Literal["auto", "last"]) -> Pairing:
+    """Decide what is learned from what.
+
+    CLS pairs with CLS; registers and distillation tokens have no partner. `auto` takes the last
+    layer, but of a hierarchical teacher the stage whose grid is the student's, if there is one
+    (the official code gives a ViT student Swin's third stage).
+    """
+    chosen = None if layer in ("auto", "last") else int(layer)
+    grids = teacher.layer_grids
+    hierarchical = len(set(grids)) > 1
+    if layer == "auto" and hierarchical and teacher.grid != student.grid:
+        same = [i for i, grid in enumerate(grids) if grid == student.grid]
+        chosen = same[-1] if same else None
+    if chosen is not None and not -len(grids) <= chosen < len(grids):
+        raise ModelError(
+            f"teacher layer {chosen} of '{teacher.origin.spec}'",
+            expected=f"0 to {len(grids) - 1}, or -{len(grids)} to -1, auto or last",
+        )
+    names = tuple(n for n in ("cls",) if n in teacher.prefix_names and n in student.prefix_names)
+    left = [f"teacher.{n}" for n in teacher.prefix_names if n not in names]
+    left += [f"student.{n}" for n in student.prefix_names if n not in names]
+    grid = teacher.grid if chosen is None else grids[chosen]
+    return Pairing(names, tuple(left), chosen, grid, student.grid)
+
+
+def resample(map_: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Carry a map (B, C, h, w) to another grid: bilinear, antialiased where it shrinks."""
+    if tuple(map_.shape[2:]) == grid:
+        return map_
+    return F.interpolate(map_, grid, mode="bilinear", align_corners=False, antialias=True)
+
+
+def distance(name: DistanceName, prediction: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
+    """Mean distance of predictions from targets, both (..., D); computed in float32."""
+    prediction, target = prediction.float(), target.float()
+    match name:
+        case "smooth-l1":
+            return F.smooth_l1_loss(prediction, target, beta=beta)
+        case "mse":
+            return F.mse_loss(prediction, target)
+        case "l1":
+            return F.l1_loss(prediction, target)
+        case "cosine":
+            return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+
+
+class FeatureDistillation(nn.Module):
+    """The student, its projector and the whitening; the teacher is beside them, not among them.
+
+    Since the teacher is no submodule, it is in no checkpoint, no optimiser and no gradient bucket;
+    it stays in evaluation mode.
+
+    Args:
+        teacher: frozen.
+        student: to be trained.
+        target: `map` (every token of the last layer), `gap` (mean of the map) or `logits`.
+        whitening: normalisation of the target.
+        loss: distance, with `beta` for smooth-l1.
+        layer: the teacher's layer to take the map from.
+        resample_order: whether a map is carried to the student's grid before or after whitening.
+        seed: of the projector's initial weights.
+
+    Raises:
+        ModelError: the teacher has no such layer, or no logits.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: Backbone,
+        student: Backbone,
+        target: TargetName = "map",
+        whitening: WhiteningName = "layernorm",
+        loss: DistanceName = "smooth-l1",
+        beta: float = 2.0,
+        layer: int | Literal["auto", "last"] = "auto",
+        resample_order: ResampleOrder = "before-whitening",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.target, self.loss, self.beta = target, loss, beta
+        self.resample_order = resample_order
+        self.student = student
+        self._teacher = (teacher.requires_grad_(False).eval(),)  # a tuple hides it from nn.Module
+        self.pairing = pair(teacher, student, "last" if target == "logits" else layer)
+        if target == "logits" and not teacher.num_classes:
+            raise ModelError(
+                f"teacher '{teacher.origin.spec}' has no classifier, so no logits",
+                fix="use --target map or gap",
+            )
+        channels = self._target_channels(teacher)
+        with seeded_globals("projector", seed):
+            self.projector = nn.Linear(student.width, channels)
+        self.whitening = build_whitening(whitening, channels)
+
+    @property
+    def teacher(self) -> Backbone:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def _target_channels(self, teacher: Backbone) -> int:
+        if self.target == "logits":
+            return teacher.num_classes
+        if self.pairing.layer is None:
+            return teacher.width
+        info = teacher.model.feature_info
+        entry = info[self.pairing.layer] if isinstance(info, list) else info.info[self.pairing.layer]
+        return int(entry["num_chs"])
+
+    def to_device(self, device: torch.device) -> None:
+        """Move the teacher, which `nn.Module.to` does not see."""
+        self.teacher.to(device)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The teacher's whitened features: (B, N, D), or (B, 1, D) for gap and logits."""
+        raw, map_like = self._raw_targets(batch)
+        if not map_like or self.resample_order == "before-whitening":
+            return self.whitening(raw)  # type: ignore[no-any-return]
+        p = len(self.pairing.prefix)
+        whitened = self.whitening(raw)
+        h, w = self.pairing.teacher_grid
+        map_ = whitened[:, p:].transpose(1, 2).unflatten(2, (h, w))
+        map_ = resample(map_, self.pairing.student_grid)
+        return torch.cat([whitened[:, :p], map_.flatten(2).transpose(1, 2)], dim=1)
+
+    @torch.no_grad()
+    def _raw_targets(self, batch: Batch) -> tuple[Tensor, bool]:
+        """Unwhitened targets, and whether they are the tokens of a map."""
+        images = batch.images
+        if images.shape[-2:] != self.teacher.image_size:
+            images = F.interpolate(
+                images, self.teacher.image_size, mode="bilinear", antialias=True
+            )
+        layer = self.pairing.layer
+        layers = () if layer is None else (layer,)
+        features = self.teacher(images, layers, stream=batch.stream, slot_name="teacher")
+        map_, prefix = features.map, features.prefix
+        if layer is not None:
+            map_, prefix = features.layers[layer].map, features.layers[layer].prefix
+        if self.target == "logits":
+            return features.logits[:, None], False
+        if self.target == "gap":
+            return map_.mean((2, 3))[:, None], False
+        if self.resample_order == "before-whitening":
+            map_ = resample(map_, self.pairing.student_grid)
+        return self._tokens(map_, prefix, features.prefix_names), True
+
+    def _tokens(self, map_: Tensor, prefix: Tensor, names: tuple[str, ...]) -> Tensor:
+        paired = [prefix[:, names.index(n)].unsqueeze(1) for n in self.pairing.prefix]
+        return torch.cat([*paired, map_.flatten(2).transpose(1, 2)], dim=1)
+
+    def predictions(self, batch: Batch) -> Tensor:
+        """The student's projected features, shaped as the targets."""
+        images = batch.images
+        if images.shape[-2:] != self.student.image_size:
+            images = F.interpolate(
+                images, self.student.image_size, mode="bilinear", antialias=True
+            )
+        features: Features = self.student(images, stream=batch.stream)
+        if self.target == "map":
+            tokens = self._tokens(features.map, features.prefix, features.prefix_names)
+        else:
+            tokens = features.map.mean((2, 3))[:, None]
+        return self.projector(tokens)  # type: ignore[no-any-return]
+
+    def forward(self, batch: Batch) -> Loss:
+        with torch.no_grad():
+            target = self.targets(batch)
+        prediction = self.predictions(batch)
+        total = distance(self.loss, prediction, target, self.beta)
+        with torch.no_grad():
+            cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+        return Loss(total, {"cosine": cosine})
+
+    def calibrate(self, batches: Iterable[Batch]) -> bool:
+        """Learn the whitening's statistics, if it has any; whether it had."""
+        if not isinstance(self.whitening, Statistics):
+            return False
+        self.whitening.calibrate(self._raw_targets(batch)[0] for batch in batches)
+        return True
+
+    def end_step(self, reduce: Reduce) -> None:
+        """Called by the loop once after each step."""
+        if isinstance(self.whitening, Standardize):
+            self.whitening.end_step(reduce)

@@ -1,0 +1,27 @@
+"""One file a command: it assembles the parts below, and does nothing else."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from featdistill.config.commands import Command
+
+_HOMES = {
+    "quickstart": "quickstart",
+    "check": "check",
+    "distill": "distill",
+    "compare": "compare",
+    "finetune": "finetune",
+    "knn": "knn",
+    "predict": "predict",
+    "pretrain": "pretrain",
+    "export": "export",
+    "models": "models",
+    "recipes": "recipes",
+}
+
+
+def run_command(command: str, config: Command) -> Any:
+    """Run a command; what it returns is the same as its Python function's result."""
+    return import_module(f"featdistill.tasks.{_HOMES[command]}").run(config)

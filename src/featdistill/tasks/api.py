@@ -1,0 +1,83 @@
+"""The commands as functions: the same names, the same defaults, the same errors.
+
+Each takes the command's options as keyword arguments: short names (`batch_size=256`), whole
+sections (`optimizer={"weight_decay": 0.1}`), `recipe=` and `config=`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featdistill.config.resolve import resolve
+from featdistill.tasks import run_command
+
+if TYPE_CHECKING:
+    from featdistill.models.export import Exported
+    from featdistill.tasks.check import CheckResult
+    from featdistill.tasks.compare import CompareResult
+    from featdistill.tasks.distill import DistillResult
+    from featdistill.tasks.finetune import FinetuneResult
+    from featdistill.tasks.knn import KnnResult
+    from featdistill.tasks.predict import PredictResult
+    from featdistill.tasks.pretrain import PretrainResult
+    from featdistill.tasks.quickstart import QuickstartResult
+
+
+def _call(command: str, options: dict[str, Any]) -> Any:
+    recipe, config = options.pop("recipe", None), options.pop("config", None)
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    return run_command(command, resolve(command, plain, recipe=recipe, config=config))
+
+
+def distill(**options: Any) -> DistillResult:
+    """Teach a fresh student the whitened features of a frozen teacher.
+
+    Wants `teacher`, `data` and `out`; see `featdistill distill --help` for the rest.
+
+    Raises:
+        FeatDistillError: whatever the command would say in one line.
+    """
+    return _call("distill", options)  # type: ignore[no-any-return]
+
+
+def check(**options: Any) -> CheckResult:
+    """What a distillation would do and cost; wants `teacher` and `data`."""
+    return _call("check", options)  # type: ignore[no-any-return]
+
+
+def finetune(**options: Any) -> FinetuneResult:
+    """Fine-tune a classifier; wants `model`, `data` and `out`."""
+    return _call("finetune", options)  # type: ignore[no-any-return]
+
+
+def pretrain(**options: Any) -> PretrainResult:
+    """Make a contrastive teacher; wants `data` and `out`."""
+    return _call("pretrain", options)  # type: ignore[no-any-return]
+
+
+def knn(**options: Any) -> KnnResult:
+    """Nearest-neighbour scores; wants `model` (one or a list) and `data`."""
+    if isinstance(options.get("model"), str):
+        options["model"] = [options["model"]]
+    return _call("knn", options)  # type: ignore[no-any-return]
+
+
+def predict(**options: Any) -> PredictResult:
+    """Classify images; wants `model` and `data`."""
+    return _call("predict", options)  # type: ignore[no-any-return]
+
+
+def compare(**options: Any) -> CompareResult:
+    """Teacher, student and a fresh model under one recipe; wants both, `data` and `out`."""
+    return _call("compare", options)  # type: ignore[no-any-return]
+
+
+def export(**options: Any) -> Exported:
+    """Write a timm folder; wants `model` and `out`."""
+    return _call("export", options)  # type: ignore[no-any-return]
+
+
+def quickstart(**options: Any) -> QuickstartResult:
+    """The whole loop on scikit-learn's digits, offline."""
+    return _call("quickstart", options)  # type: ignore[no-any-return]

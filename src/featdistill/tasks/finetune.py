@@ -1,0 +1,271 @@
+"""`featdistill finetune`: a backbone becomes a classifier, and is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featdistill.config.commands import CompareConfig, FinetuneConfig
+from featdistill.core.errors import DataError
+from featdistill.core.records import write_record
+from featdistill.data.open import Data, label_budget
+from featdistill.data.sources import Source, labelled
+from featdistill.data.views import FinetuneView
+from featdistill.engine.loop import FitResult, check_batch, fit
+from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.rundir import check_out, open_run
+from featdistill.engine.runtime import Runtime
+from featdistill.engine.tracking import duration, say
+from featdistill.evaluation.classification import Scores, score
+from featdistill.models.backbone import Backbone
+from featdistill.models.classifier import build_classifier
+from featdistill.models.export import export_timm
+from featdistill.models.load import load_backbone
+from featdistill.objectives.classification import Classification
+from featdistill.tasks.common import data_of, plain, plan_of, runtime_of, schedule_of
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished (or stopped) fine-tuning.
+
+    Attributes:
+        out: the run's folder.
+        export: the timm-loadable classifier; None if the run stopped early.
+        top1, top5: accuracies in 0..1 on the held-out part; None if the run stopped early.
+    """
+
+    out: Path
+    export: Path | None
+    top1: float | None
+    top5: float | None
+    steps: int
+    seconds: float
+    last: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned classifier and its scores (None if the run stopped early)."""
+
+    classifier: Backbone
+    fit: FitResult
+    scores: Scores | None
+
+
+def check_labels(data: Data, *, budget: str | None, seed: int) -> tuple[Source, Source, tuple[str, ...]]:
+    """The labelled training part within its budget, the held-out part, and the class names.
+
+    Raises:
+        DataError: no labels, nothing held out, or classes that differ.
+    """
+    labels = labelled(data.train, "fine-tuning")
+    held = data.held_out
+    if held is None:
+        raise DataError(
+            f"'{data.train.name}' has no held-out part to score on",
+            fix="give --val-data, or --val-fraction 0.1, or a folder with train/ and val/",
+        )
+    labelled(held, "scoring")
+    assert data.train.classes is not None
+    assert held.classes is not None
+    strangers = sorted(set(held.classes) - set(data.train.classes))
+    if strangers or held.classes != data.train.classes:
+        raise DataError(
+            f"the held-out part '{held.name}' has other classes than the training part: "
+            f"{', '.join(strangers[:8]) or 'the same names in another order'}",
+            expected=f"the {len(data.train.classes)} classes of '{data.train.name}'",
+        )
+    train = data.train if budget is None else label_budget(data.train, budget, seed)
+    if len(np.unique(labels)) < 2:
+        raise DataError(f"'{data.train.name}' has a single class", expected="two or more")
+    return train, held, data.train.classes
+
+
+def tune(
+    backbone: Backbone,
+    config: FinetuneConfig | CompareConfig,
+    *,
+    train: Source,
+    held: Source,
+    classes: tuple[str, ...],
+    runtime: Runtime,
+    folder: Path,
+    title: str,
+    quiet: bool = False,
+) -> Tuned:
+    """Fine-tune a backbone by a configuration's recipe and score it on the held-out part."""
+    classifier = build_classifier(
+        backbone,
+        class_names=classes,
+        pool=config.pool.value,
+        drop_path=config.drop_path,
+        seed=config.run.seed,
+    )
+    runtime.choose_attention(classifier)
+    mix = config.mix
+    objective = Classification(
+        classifier,
+        mixup=mix.mixup,
+        cutmix=mix.cutmix,
+        mix_probability=mix.probability,
+        switch=mix.switch,
+        smoothing=mix.smoothing,
+        erasing=config.view.erasing,
+    )
+    check_batch(
+        config.data.batch_size,
+        processes=runtime.share.world,
+        micro_batches=config.run.micro_batches,
+        even=objective.mixes,
+    )
+    schedule = schedule_of(
+        config.schedule, config.optimizer, images=len(train), batch_size=config.data.batch_size
+    )
+    groups = parameter_groups(
+        [("classifier.model.", classifier.model)],
+        weight_decay=config.optimizer.weight_decay,
+        layer_decay=config.optimizer.layer_decay,
+    )
+    plan = plan_of(config, train, finetune_view(config, backbone), schedule, title=title, quiet=quiet)
+
+    def scores() -> Scores:
+        return score(
+            classifier,
+            held,
+            batch_size=max(1, min(1024, 2 * config.data.batch_size)),
+            crop=config.view.eval_crop,
+            share=runtime.share,
+            gather=runtime.gather,
+        )
+
+    found: dict[str, Scores] = {}
+
+    def evaluate() -> dict[str, float]:
+        found["last"] = latest = scores()
+        return {"val_top1": latest.top1, "val_top5": latest.top5, "val_loss": latest.loss}
+
+    result = fit(
+        objective,
+        adamw(groups, betas=config.optimizer.betas),
+        plan,
+        runtime=runtime,
+        folder=folder,
+        resume=config.run.resume,
+        evaluate=evaluate,
+    )
+    if not result.finished:
+        return Tuned(classifier, result, None)
+    return Tuned(classifier, result, found.get("last") or scores())
+
+
+def finetune_view(config: FinetuneConfig | CompareConfig, backbone: Backbone) -> FinetuneView:
+    """The training view of a configuration, at the backbone's size."""
+    view = config.view
+    return FinetuneView(
+        size=backbone.image_size[0],
+        scale=view.crop_scale,
+        ratio=view.crop_ratio,
+        flip=view.flip,
+        randaugment=view.randaugment,
+        mean=backbone.rgb[0],
+    )
+
+
+def score_arrays(scores: Scores) -> dict[str, Any]:
+    """Predictions and labels by image, for paired comparisons later."""
+    return {"predictions": scores.predictions.numpy(), "labels": scores.labels.numpy()}
+
+
+def run(config: FinetuneConfig) -> FinetuneResult:
+    """Fine-tune, score and export."""
+    check_out(config.run.out, resume=config.run.resume)
+    data = data_of(config.data, config.run.seed)
+    train, held, classes = check_labels(data, budget=config.data.labels, seed=config.run.seed)
+    schedule_of(  # refuses what cannot be, before a model is loaded
+        config.schedule, config.optimizer, images=len(train), batch_size=config.data.batch_size
+    )
+    runtime = runtime_of(config.run)
+    backbone = load_backbone(
+        config.model.spec,
+        weights=config.model.weights,
+        image_size=config.view.image_size,
+        seed=config.run.seed,
+    )
+    folder = open_run(config.run.out, config, resume=config.run.resume)
+    say(
+        f"model  {backbone.origin.spec}, {backbone.origin.weights}\n"
+        f"data   {len(train):,} training images of {len(classes)} classes, "
+        f"{len(held):,} held out; {runtime.describe()}"
+    )
+    tuned = tune(
+        backbone,
+        config,
+        train=train,
+        held=held,
+        classes=classes,
+        runtime=runtime,
+        folder=folder.path,
+        title="fine-tuning",
+    )
+    scores, result = tuned.scores, tuned.fit
+    if scores is None:
+        say(f"stopped at step {result.step}; go on with --resume")
+        return FinetuneResult(
+            folder.path, None, None, None, result.step, result.seconds, result.last
+        )
+    exported = None
+    if runtime.first:
+        exported = _finish(config, folder.path, tuned, scores)
+    return FinetuneResult(
+        folder.path,
+        exported,
+        scores.top1,
+        scores.top5,
+        result.step,
+        result.seconds,
+        result.last,
+    )
+
+
+def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) -> Path | None:
+    exported = None
+    if tuned.classifier.build is not None:
+        exported = export_timm(
+            tuned.classifier,
+            folder / "export",
+            card={
+                "fine-tuned from": f"{config.model.spec} ({tuned.classifier.origin.weights})",
+                "data": Path(config.data.path).name,
+                "top-1": f"{scores.top1:.2%} of {len(scores.labels):,} held-out images",
+            },
+        )
+    write_record(
+        folder / "finetune.json",
+        "finetune",
+        config=plain(config),
+        results={
+            "top1": scores.top1,
+            "top5": scores.top5,
+            "loss": scores.loss,
+            "images": len(scores.labels),
+            "steps": tuned.fit.step,
+            "seconds": tuned.fit.seconds,
+        },
+        arrays=score_arrays(scores),
+    )
+    say(
+        f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {len(scores.labels):,} held-out "
+        f"images, in {duration(tuned.fit.seconds)}"
+    )
+    if exported is None:
+        say("this architecture is not timm's, so nothing was exported; its weights are in "
+            f"{folder / 'checkpoints'}")
+        return None
+    say(f"\n{exported.snippet}\n")
+    say(f"next: featdistill predict --model {config.run.out} --data IMAGES")
+    return exported.folder
