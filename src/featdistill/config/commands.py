@@ -147,11 +147,10 @@ class PretrainConfig(Command):
     """Make a teacher where none can be downloaded: SimCLR."""
 
     summary = "make a contrastive teacher from your own images (SimCLR)"
-    example = "featdistill pretrain --model vit-t --data IMAGES --epochs 100 --out runs/teacher"
+    example = "featdistill pretrain --model vit-s --data IMAGES --epochs 100 --out runs/teacher"
     flat = {
         "model": "model.name",
         "model-patch": "model.patch",
-        "position": "model.position",
         "drop-path": "model.drop_path",
         **_DATA,
         **_RUN,
@@ -159,7 +158,7 @@ class PretrainConfig(Command):
         "temperature": "objective.temperature",
     }
 
-    model: NewModelConfig = NewModelConfig(drop_path=0.0)
+    model: NewModelConfig = NewModelConfig()
     data: DataConfig
     view: ContrastiveViewConfig = ContrastiveViewConfig()
     objective: ContrastiveConfig = ContrastiveConfig()

@@ -52,7 +52,9 @@ def _walk(schema: type[BaseModel], instance: BaseModel | None, prefix: str) -> I
         default = _default(info, instance, name)
         section = section_of(info.annotation)
         if section is not None:
-            yield from _walk(section, default if isinstance(default, BaseModel) else None, path + ".")
+            yield from _walk(
+                section, default if isinstance(default, BaseModel) else None, path + "."
+            )
             continue
         options = _union(info.annotation)
         yield Leaf(
@@ -217,9 +219,9 @@ def _replace_length(merged: _Merged, options: Mapping[str, Any]) -> None:
     """`--steps` on the command line replaces a default or recipe's `epochs`, and the reverse."""
     given = {path_of(merged.schema, name) for name in options}
     for mine, other in (("steps", "epochs"), ("epochs", "steps")):
-        if f"schedule.{mine}" in given and f"schedule.{other}" not in given:
-            if f"schedule.{other}" in leaves(merged.schema):
-                merged.put(f"schedule.{other}", None, "options")
+        alone = f"schedule.{mine}" in given and f"schedule.{other}" not in given
+        if alone and f"schedule.{other}" in leaves(merged.schema):
+            merged.put(f"schedule.{other}", None, "options")
 
 
 def _say(schema: type[Command], merged: _Merged, detail: ErrorDetails) -> str:
@@ -273,7 +275,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     folder = resources.files("featdistill.config").joinpath("recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return sorted(
+        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
+    )
 
 
 def recipe_text(name: str) -> str:

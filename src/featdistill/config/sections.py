@@ -101,13 +101,18 @@ class StudentConfig(Section):
     window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
 
 
-class NewModelConfig(StudentConfig):
-    """A model to pre-train from nothing."""
+class NewModelConfig(Section):
+    """A model to pre-train from nothing: a plain ViT (absolute positions), or a Swin."""
 
-    position: Position | None = Field(
-        Position.APE, description="ape (default), shared-rpb, rpb or none; ViT models only"
+    name: str = Field("vit-s", description="vit-t/s/b/l, swin-t/s/b, or timm/NAME")
+    patch: Positive | None = Field(
+        None, description="patch side in pixels; 16 (vit-l 14, swin 4) by default"
     )
-    init: Literal["random"] = Field("random", description="pre-training starts from nothing")
+    drop_path: Rate = Field(0.0, description="stochastic depth rate, growing linearly with depth")
+    width: Positive | None = Field(None, description="channels, instead of the named size's")
+    depth: Positive | None = Field(None, description="layers, instead of the named size's")
+    heads: Positive | None = Field(None, description="heads, instead of the named size's")
+    window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
 
 
 class ModelConfig(Section):
@@ -174,7 +179,10 @@ class ContrastiveViewConfig(ViewConfig):
 
     crop_scale: tuple[float, float] = Field((0.2, 1.0), description="area of the random crop")
     rotate: float = Field(0.0, ge=0, le=180, description="largest random rotation, degrees")
-    jitter: float = Field(0.5, ge=0, description="strength of the colour jitter (SimCLR's s)")
+    brightness: float = Field(0.4, ge=0, le=1, description="colour jitter: +- share")
+    contrast: float = Field(0.4, ge=0, le=1, description="colour jitter: +- share")
+    saturation: float = Field(0.4, ge=0, le=1, description="colour jitter: +- share")
+    hue: float = Field(0.1, ge=0, le=0.5, description="colour jitter: +- turns of the colour wheel")
     gray: float = Field(0.2, ge=0, le=1, description="probability of a grey view")
     blur: float = Field(0.0, ge=0, le=1, description="probability of a blurred view")
 

@@ -90,7 +90,8 @@ def write_record(
     if arrays:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-        np.savez_compressed(temporary, **{name: np.asarray(a) for name, a in arrays.items()})
+        plain: dict[str, Any] = {name: np.asarray(a) for name, a in arrays.items()}
+        np.savez_compressed(temporary, **plain)
         os.replace(temporary, path.with_suffix(".npz"))
     write_json(
         path,
@@ -119,4 +120,4 @@ def read_record(path: Path, kind: str | None = None) -> dict[str, Any]:
         raise RunError(f"'{path}' is not a JSON record ({error})") from None
     if kind is not None and record.get("kind") != kind:
         raise RunError(f"'{path}' is a {record.get('kind')!r} record", expected=f"a {kind!r} one")
-    return record  # type: ignore[no-any-return]
+    return record

@@ -146,7 +146,7 @@ def training_batches(
     start: int,
     stop: int,
     workers: int | None = None,
-    share: Share = Share(),  # noqa: B008 - immutable
+    share: Share = Share(),
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """Batches of steps `start` .. `stop`, the same whatever the number of workers.
@@ -200,15 +200,15 @@ def ordered_batches(
     *,
     batch_size: int,
     workers: int | None = None,
-    share: Share = Share(),  # noqa: B008 - immutable
+    share: Share = Share(),
 ) -> DataLoader[Batch]:
     """All images of a source in order, each once (of several processes, every world-th)."""
     mine = range(share.rank, len(source), share.world)
     if workers is None:
         workers = default_workers(share.world) if len(mine) >= 4 * batch_size else 0
     return DataLoader(
-        _InOrder(source, view),
-        sampler=mine,  # type: ignore[arg-type]
+        _InOrder(source, view),  # type: ignore[arg-type]
+        sampler=mine,
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,

@@ -324,7 +324,9 @@ def _dataset_parts(loaded: Any, name: str) -> Data:
 
 
 def _from_dataset(dataset: Any, name: str) -> ArrowSource:
-    if dataset._indices is not None:  # a shuffled or filtered view: make its table's order the view's
+    if (
+        dataset._indices is not None
+    ):  # a shuffled or filtered view: make its table's order the view's
         dataset = dataset.flatten_indices()
     return _arrow(dataset.data.table, name)
 

@@ -27,9 +27,14 @@ class Source(Protocol):
         classes: the labels' names, or None.
     """
 
-    name: str
-    labels: np.ndarray | None
-    classes: tuple[str, ...] | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
+
+    @property
+    def classes(self) -> tuple[str, ...] | None: ...
 
     def __len__(self) -> int: ...
 
@@ -187,7 +192,9 @@ def digits() -> tuple[Source, Source]:
     test = np.arange(len(labels)) % 5 == 0
     classes = tuple(str(d) for d in range(10))
     train, held = (
-        ArraySource(f"digits/{part}", images[torch.from_numpy(mask)], labels[mask].astype(np.int64), classes)
+        ArraySource(
+            f"digits/{part}", images[torch.from_numpy(mask)], labels[mask].astype(np.int64), classes
+        )
         for part, mask in (("train", ~test), ("test", test))
     )
     return train, held

@@ -161,9 +161,7 @@ def training_state(
     }
 
 
-def restore(
-    checkpoint: Checkpoint, objective: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+def restore(checkpoint: Checkpoint, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's state back.
 
     Raises:

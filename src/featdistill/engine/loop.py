@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from featdistill.core.errors import DataError, Interrupted, NonFiniteError
 from featdistill.core.seeds import SampleStream
 from featdistill.core.types import Batch
-from featdistill.data.loader import training_batches
-from featdistill.data.loader import plainly
+from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
 from featdistill.engine.checkpoint import Checkpoints, restore, training_state
@@ -238,8 +237,10 @@ class _Loop:
 
     def _descend(self, meter: _Meter) -> None:
         """Clip and step, unless the gradient is no number; decided without asking the device."""
-        parameters = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])  # type: ignore[misc]
+        parameters = [
+            p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
+        ]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         if self.plan.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip, norm)
         bad = (~torch.isfinite(norm)).float()

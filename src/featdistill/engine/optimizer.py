@@ -91,7 +91,7 @@ def _timm_groups(model: nn.Module) -> LayerGroups:
 
     matcher = getattr(model, "group_matcher", None)
     if matcher is None:
-        return LayerGroups(lambda name: 0, 0)
+        return LayerGroups(lambda _: 0, 0)
     table: dict[str, int] = group_parameters(model, matcher(coarse=False), reverse=True)
     return LayerGroups(lambda name: table[name], max(table.values()))
 

@@ -126,7 +126,9 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dictionary by dotted paths."""
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
-    return {k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()}
+    return {
+        k: v for name, value in tree.items() for k, v in flatten(value, f"{prefix}{name}.").items()
+    }
 
 
 def _log_to(file: Path) -> None:

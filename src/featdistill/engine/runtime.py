@@ -91,9 +91,7 @@ class Runtime:
                 fix="give a smaller --run.devices",
             )
         if precision == "auto":
-            precision = (
-                "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-            )
+            precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
         if precision == "fp16" and kind == "cpu":
             raise RunError("precision fp16 on a CPU", fix="use --precision bf16 or float32")
         self.precision = precision
@@ -102,7 +100,7 @@ class Runtime:
             accelerator=kind,
             devices=devices,
             num_nodes=nodes,
-            precision=names[precision],  # type: ignore[arg-type]
+            precision=names[precision],
             strategy="ddp" if devices * nodes > 1 else "auto",
         )
         self.fabric.launch()
@@ -167,7 +165,7 @@ class Runtime:
         """Sum of a tensor over all processes."""
         if self.share.world == 1:
             return value
-        return self.fabric.all_reduce(value, reduce_op="sum")  # type: ignore[no-any-return]
+        return self.fabric.all_reduce(value, reduce_op="sum")
 
     def gather(self, value: Tensor) -> Tensor:
         """Concatenation over all processes of 1-d or 2-d tensors that may differ in length."""

@@ -25,7 +25,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         request.signal = number
         signal.signal(number, before[signal.Signals(number)])
 

@@ -45,7 +45,7 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder), purge_step=resume_at + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder), purge_step=resume_at + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars of a step (1 is the first)."""
@@ -92,9 +92,7 @@ class Bar:
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task(
-                self.title, total=steps, completed=done, text=""
-            )
+            self._task = self._progress.add_task(self.title, total=steps, completed=done, text="")
 
     def update(self, step: int, text: str) -> None:
         if self._progress is not None and self._task is not None:

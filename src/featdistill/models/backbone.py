@@ -62,6 +62,7 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    model: Any  # timm's models have an interface, but no type for it
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Backbone(nn.Module):
     def rgb(self) -> tuple[Rgb, Rgb]:
         """Mean and standard deviation as plain numbers."""
         mean, std = (tuple(t.flatten().tolist()) for t in (self.mean, self.std))
-        return mean, std  # type: ignore[return-value]
+        return mean, std
 
     @property
     def parameters_count(self) -> int:
@@ -157,10 +158,10 @@ class Backbone(nn.Module):
         if layers:
             final, intermediates = self._with_layers(x, layers)
         else:
-            final, intermediates = self.model.forward_features(x), {}  # type: ignore[operator]
+            final, intermediates = self.model.forward_features(x), {}
         map_, prefix = self.layout.split(final, grid)
-        pooled = self.model.forward_head(final, pre_logits=True)  # type: ignore[operator]
-        logits = self.model.forward_head(final) if self.num_classes else None  # type: ignore[operator]
+        pooled = self.model.forward_head(final, pre_logits=True)
+        logits = self.model.forward_head(final) if self.num_classes else None
         if isinstance(logits, tuple):  # distilled DeiT in training mode
             logits = torch.stack(logits).mean(0)
         return Features(map_, prefix, self.prefix_names, pooled, logits, intermediates)
@@ -177,7 +178,7 @@ class Backbone(nn.Module):
             )
         order = sorted(set(positive))
         extra = {"return_prefix_tokens": True} if self.num_prefix else {}
-        final, taken = self.model.forward_intermediates(x, indices=order, **extra)  # type: ignore[operator]
+        final, taken = self.model.forward_intermediates(x, indices=order, **extra)
         found = {}
         for index, value in zip(order, taken, strict=True):
             map_, prefix = value if isinstance(value, tuple) else (value, None)

@@ -107,7 +107,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     config = {
         "architecture": backbone.build.architecture,
         "num_classes": backbone.num_classes,
-        "num_features": int(model.num_features),  # type: ignore[arg-type]
+        "num_features": int(model.num_features),
         "model_args": dict(backbone.build.arguments),
         "pretrained_cfg": pretrained,
     }
@@ -125,10 +125,10 @@ def _compare(backbone: Backbone, folder: Path) -> float:
     backbone.eval().to("cpu")
     images = torch.rand(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0))
     x = (images - backbone.mean) / backbone.std
-    ours, theirs = backbone.model.forward_features(x), loaded.forward_features(x)  # type: ignore[operator]
+    ours, theirs = backbone.model.forward_features(x), loaded.forward_features(x)
     difference = float((ours - theirs).abs().max())
     if backbone.num_classes:
-        ours, theirs = backbone.model.forward_head(ours), loaded.forward_head(theirs)  # type: ignore[operator]
+        ours, theirs = backbone.model.forward_head(ours), loaded.forward_head(theirs)
         difference = max(difference, float((ours - theirs).abs().max()))
     backbone.train(was_training).to(device)
     if not difference <= _TOLERANCE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import NormMlpClassifierHead
@@ -50,8 +51,8 @@ class Layout:
 
 def _norm_map(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, nn.LayerNorm) and not _is_channels_first(norm):
-        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
-    return norm(x)  # type: ignore[no-any-return]
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return norm(x)
 
 
 def _is_channels_first(norm: nn.Module) -> bool:
@@ -101,18 +102,18 @@ def grid_of(model: nn.Module, height: int, width: int) -> tuple[int, int] | None
     if isinstance(model, VisionTransformer) or hasattr(model, "blocks"):
         dynamic = getattr(embed, "dynamic_feat_size", None)
         if dynamic is not None:
-            return tuple(dynamic((height, width)))  # type: ignore[return-value]
+            return tuple(dynamic((height, width)))
     return None
 
 
 @torch.no_grad()
-def measure(model: nn.Module, size: tuple[int, int]) -> Tensor:
+def measure(model: Any, size: tuple[int, int]) -> Tensor:
     """`forward_features` of one black image, to learn shapes from."""
     training = model.training
     model.eval()
     reference = next(model.parameters())
     blank = torch.zeros(1, 3, *size, device=reference.device, dtype=reference.dtype)
     try:
-        return model.forward_features(blank)  # type: ignore[operator, no-any-return]
+        return model.forward_features(blank)
     finally:
         model.train(training)

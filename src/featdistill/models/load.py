@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from featdistill.models.timm_models import accepts, check_name, create
 from featdistill.models.weights import file_hash, load_exactly, read_json, read_tensors
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Stochastic depth: its rate, and whether it acts in evaluation mode too."""
+
+    rate: float = 0.0
+    always: bool = False
 
 
 def load_backbone(
@@ -50,19 +59,19 @@ def load_backbone(
     Raises:
         ModelError: no such model or weights, or a checkpoint that does not fit.
     """
-    options = {"drop_path": drop_path, "always_drop_path": always_drop_path}
+    drop = Drop(drop_path, always_drop_path)
     if spec.startswith("timm/"):
-        return _timm(spec, weights, image_size, seed, **options).eval()
+        return _timm(spec, weights, image_size, seed, drop).eval()
     if weights not in ("hub", "random") or (weights == "random" and not spec.startswith("hf-hub:")):
         raise ModelError(
             f"weights '{weights}' were given for '{spec}', which has its own",
             fix="give them with a timm/NAME, or leave them out",
         )
     if spec.startswith("hf-hub:"):
-        return _hub(spec, image_size, **options).eval()
+        return _hub(spec, image_size, drop).eval()
     path = Path(spec).expanduser()
     if path.is_dir():
-        return load_folder(path, image_size=image_size, **options).eval()
+        return load_folder(path, image_size=image_size, drop=drop).eval()
     if ":" in spec and not path.exists():
         return _factory(spec, image_size).eval()
     raise _no_model(spec, path)
@@ -73,7 +82,7 @@ def _no_model(spec: str, path: Path) -> ModelError:
         what = "is a file without a name for its architecture" if path.is_file() else "is no file"
         return ModelError(
             f"model '{spec}' {what}",
-            fix=f"name the architecture and give the file as weights: timm/NAME with weights {spec}",
+            fix=f"name its architecture, timm/NAME, and give the file as its weights: {spec}",
         )
     if len(path.parts) > 1:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -89,15 +98,7 @@ def _no_model(spec: str, path: Path) -> ModelError:
     )
 
 
-def _timm(
-    spec: str,
-    weights: str,
-    image_size: int | None,
-    seed: int,
-    *,
-    drop_path: float,
-    always_drop_path: bool,
-) -> Backbone:
+def _timm(spec: str, weights: str, image_size: int | None, seed: int, drop: Drop) -> Backbone:
     name = spec.removeprefix("timm/")
     check_name(name)
     architecture = name.partition(".")[0]
@@ -112,9 +113,7 @@ def _timm(
     elif image_size is not None and accepts(name, "img_size"):
         arguments["img_size"] = image_size
     with seeded_globals("model", seed):
-        model = create(
-            name, pretrained=weights == "hub", **arguments, **_rate(architecture, drop_path)
-        )
+        model = create(name, pretrained=weights == "hub", **arguments, **_rate(architecture, drop))
     described = {"hub": f"timm hub: {name}", "random": f"random (seed {seed})"}.get(weights)
     if tensors is not None:
         file = Path(weights).expanduser()
@@ -124,15 +123,15 @@ def _timm(
     licence = config.get("license") if weights == "hub" else None
     origin = Origin(spec, described or weights, licence)
     build = TimmBuild(architecture, arguments)
-    backbone = _wrap(model, config, build, origin, arguments.get("img_size"), always_drop_path)
+    backbone = _wrap(model, config, build, origin, arguments.get("img_size"), drop.always)
     return backbone if image_size is None else resize(backbone, image_size)
 
 
-def _rate(architecture: str, drop_path: float) -> dict[str, float]:
+def _rate(architecture: str, drop: Drop) -> dict[str, Any]:
     """Said explicitly even at 0: some of timm's families drop 0.1 by default."""
     if accepts(architecture, "drop_path_rate"):
-        return {"drop_path_rate": drop_path}
-    if drop_path:
+        return {"drop_path_rate": drop.rate}
+    if drop.rate:
         raise ModelError(f"timm's '{architecture}' has no drop path", fix="leave the rate out")
     return {}
 
@@ -207,11 +206,9 @@ def resize(backbone: Backbone, image_size: int) -> Backbone:
     )
 
 
-def _hub(
-    spec: str, image_size: int | None, *, drop_path: float, always_drop_path: bool
-) -> Backbone:
+def _hub(spec: str, image_size: int | None, drop: Drop) -> Backbone:
     try:
-        model = timm.create_model(spec, pretrained=True, drop_path_rate=drop_path)
+        model = timm.create_model(spec, pretrained=True, drop_path_rate=drop.rate)
     except Exception as error:  # the hub client and timm raise many kinds
         line = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -220,7 +217,7 @@ def _hub(
     config: dict[str, Any] = model.pretrained_cfg
     build = TimmBuild(config["architecture"], dict(config.get("model_args") or {}))
     origin = Origin(spec, spec, config.get("license"))
-    backbone = _wrap(model, config, build, origin, None, always_drop_path)
+    backbone = _wrap(model, config, build, origin, None, drop.always)
     return backbone if image_size is None else resize(backbone, image_size)
 
 
@@ -247,10 +244,10 @@ def load_folder(
     folder: Path,
     *,
     image_size: int | None = None,
-    drop_path: float = 0.0,
-    always_drop_path: bool = False,
+    drop: Drop | None = None,
 ) -> Backbone:
     """Load an export (or any folder in timm's `local-dir:` layout), strictly."""
+    drop = drop or Drop()
     export = find_export(folder)
     config = read_json(export / "config.json")
     if "architecture" not in config:
@@ -262,7 +259,7 @@ def load_folder(
         raise ModelError(f"'{export}/config.json' says no input_size", expected="timm's layout")
     arguments = dict(config.get("model_args") or {})
     arguments.setdefault("num_classes", config.get("num_classes", 0))
-    model = create(architecture, **arguments, **_rate(architecture, drop_path))
+    model = create(architecture, **arguments, **_rate(architecture, drop))
     file = next(
         (export / n for n in ("model.safetensors", "pytorch_model.bin") if (export / n).is_file()),
         None,
@@ -278,7 +275,7 @@ def load_folder(
         TimmBuild(architecture, arguments),
         origin,
         arguments.get("img_size"),
-        always_drop_path,
+        drop.always,
         tuple(names) if names else None,
     )
     return backbone if image_size is None else resize(backbone, image_size)
@@ -296,9 +293,7 @@ def _factory(spec: str, image_size: int | None) -> Backbone:
     factory = getattr(module, name, None)
     if not callable(factory):
         names = [n for n in dir(module) if not n.startswith("_")]
-        raise ModelError(
-            f"'{module_name}' has no callable '{name}'", fix=did_you_mean(name, names)
-        )
+        raise ModelError(f"'{module_name}' has no callable '{name}'", fix=did_you_mean(name, names))
     model = factory()
     if isinstance(model, Backbone):
         return model

@@ -13,7 +13,8 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models.beit import Beit
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from featdistill.core.errors import ModelError, did_you_mean
 from featdistill.core.seeds import seeded_globals
@@ -28,6 +29,7 @@ from featdistill.models.backbone import (
 from featdistill.models.timm_models import accepts, check_name, create
 
 PositionName = Literal["shared-rpb", "rpb", "ape", "none"]
+Style = Literal["beit", "plain"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def build_student(
     depth: int | None = None,
     heads: int | None = None,
     window: int | None = None,
+    style: Style = "beit",
     seed: int = 0,
     mean: Rgb = IMAGENET_MEAN,
     std: Rgb = IMAGENET_STD,
@@ -86,11 +89,13 @@ def build_student(
         position: position scheme of a ViT; `shared-rpb` if None.
         width, depth, heads: instead of the named size's (ViT).
         window: Swin's window side.
+        style: `plain` makes a ViT as DINO's and DeiT's (absolute positions, no layer scale), which
+            is what a teacher is pre-trained as.
 
     Raises:
         ModelError: no such student, or sizes that do not go together.
     """
-    build = _student_build(name, image_size, patch, position, width, depth, heads, window)
+    build = _student_build(name, image_size, patch, position, width, depth, heads, window, style)
     return build_fresh(build, spec=name, drop_path=drop_path, seed=seed, mean=mean, std=std)
 
 
@@ -105,7 +110,9 @@ def build_fresh(
     image_size: int | None = None,
 ) -> Backbone:
     """A model with random weights, a pure function of the seed."""
-    rate = {"drop_path_rate": drop_path} if accepts(build.architecture, "drop_path_rate") else {}
+    rate: dict[str, Any] = (
+        {"drop_path_rate": drop_path} if accepts(build.architecture, "drop_path_rate") else {}
+    )
     with seeded_globals("model", seed):
         model = create(build.architecture, **rate, **build.arguments)
         initialise(model)
@@ -130,6 +137,7 @@ def _student_build(
     depth: int | None,
     heads: int | None,
     window: int | None,
+    style: Style,
 ) -> TimmBuild:
     shape = {"width": width, "depth": depth, "heads": heads}
     if name.startswith("timm/"):
@@ -153,6 +161,8 @@ def _student_build(
         heads or (width // 64 if width % 64 == 0 else size.heads),  # 64 channels a head
         patch or size.patch,
     )
+    if style == "plain":
+        return plain_vit_build(chosen, image_size)
     return vit_build(chosen, image_size, position or "shared-rpb")
 
 
@@ -160,8 +170,12 @@ def _refuse(options: dict[str, Any], name: str) -> None:
     given = [key for key, value in options.items() if value is not None]
     if given:
         what = {"position": "a Swin student keeps its own continuous position bias"}
-        reason = what[given[0]] if given[0] in what and name.startswith("swin") else "it has its own"
-        raise ModelError(f"student '{name}' takes no {', '.join(given)}: {reason}", fix="leave it out")
+        reason = (
+            what[given[0]] if given[0] in what and name.startswith("swin") else "it has its own"
+        )
+        raise ModelError(
+            f"student '{name}' takes no {', '.join(given)}: {reason}", fix="leave it out"
+        )
 
 
 def vit_build(size: VitSize, image_size: int, position: PositionName) -> TimmBuild:
@@ -193,6 +207,14 @@ def vit_build(size: VitSize, image_size: int, position: PositionName) -> TimmBui
             "global_pool": "token",  # with 'avg' timm's Beit has no final norm
         },
     )
+
+
+def plain_vit_build(size: VitSize, image_size: int) -> TimmBuild:
+    """A ViT with absolute positions and nothing else, as timm builds it."""
+    shared = vit_build(size, image_size, "ape").arguments  # the same checks, the same sizes
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    arguments = {name: shared[name] for name in names}
+    return TimmBuild("vit_base_patch16_224", {**arguments, "global_pool": "token"})
 
 
 def swin_build(size: SwinSize, image_size: int, patch: int, window: int) -> TimmBuild:
@@ -228,7 +250,8 @@ def _timm_build(name: str, image_size: int) -> TimmBuild:
     return TimmBuild(name.partition(".")[0], arguments)
 
 
-def initialise(model: nn.Module) -> None:
+@torch.no_grad()
+def initialise(model: Any) -> None:
     """The official initialisation, where timm's differs.
 
     ViT: truncated normal of std 0.02 cut at one std, residual projections of layer l divided by
@@ -237,14 +260,16 @@ def initialise(model: nn.Module) -> None:
     models/swin_transformer_v2.py. A ViT narrower than the official 768 channels gets a std that
     grows as 1/sqrt(width), or its layers would hardly pass a signal (docs/lab-notes.md).
     """
-    if isinstance(model, Beit):
+    if isinstance(model, Beit | VisionTransformer):
         std = 0.02 * max(1.0, (768 / model.embed_dim) ** 0.5)
-        for module in model.modules():
+        cut = std if isinstance(model, Beit) else 2 * std
+        for module in model.blocks.modules():
             if isinstance(module, nn.Linear):
-                _cut_normal(module.weight, std)
+                trunc_normal_(module.weight, std=std, a=-cut, b=cut)
+    if isinstance(model, Beit):
         for token in (model.cls_token, model.pos_embed):
             if token is not None:
-                _cut_normal(token, 0.02)
+                trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
         model.fix_init_weight()
     elif isinstance(model, SwinTransformerV2):
         for stage in model.layers:
@@ -253,7 +278,3 @@ def initialise(model: nn.Module) -> None:
                     nn.init.constant_(norm.weight, 1e-5)
                     nn.init.constant_(norm.bias, 1e-5)
 
-
-@torch.no_grad()
-def _cut_normal(tensor: Tensor, std: float) -> None:
-    trunc_normal_(tensor, std=std, a=-std, b=std)

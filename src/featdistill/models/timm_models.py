@@ -55,7 +55,7 @@ def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Modul
     if pretrained:
         _check_hub(name)
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)  # type: ignore[no-any-return]
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise _refused(name, error) from None

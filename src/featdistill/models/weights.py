@@ -39,7 +39,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises whatever a damaged or hostile file provokes
         raise _not_a_checkpoint(path, error) from None
     for _ in range(3):
-        inner = next((value[w] for w in _WRAPPERS if isinstance(value, Mapping) and w in value), None)
+        inner = next(
+            (value[w] for w in _WRAPPERS if isinstance(value, Mapping) and w in value), None
+        )
         if not isinstance(inner, Mapping):
             break
         value = inner
@@ -73,7 +75,9 @@ def tensors_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:12]
 
 
@@ -82,7 +86,7 @@ def load_exactly(
     tensors: Mapping[str, Tensor],
     *,
     what: str,
-    left_out: Callable[[str], bool] = lambda name: False,
+    left_out: Callable[[str], bool] = lambda _: False,
 ) -> str:
     """Load tensors into a module; anything missing, unexpected or misshapen is an error.
 

@@ -57,5 +57,6 @@ class SimCLR(nn.Module):
         if "cls" in features.prefix_names:
             vector = features.prefix[:, features.prefix_names.index("cls")]
         z = self.head(vector)
-        loss, hit = nt_xent(*z.chunk(2), self.temperature)
+        first, second = z.chunk(2)
+        loss, hit = nt_xent(first, second, self.temperature)
         return Loss(loss, {"agreement": hit})

@@ -161,7 +161,9 @@ class FeatureDistillation(nn.Module):
         if self.pairing.layer is None:
             return teacher.width
         info = teacher.model.feature_info
-        entry = info[self.pairing.layer] if isinstance(info, list) else info.info[self.pairing.layer]
+        entry = (
+            info[self.pairing.layer] if isinstance(info, list) else info.info[self.pairing.layer]
+        )
         return int(entry["num_chs"])
 
     def to_device(self, device: torch.device) -> None:
@@ -172,7 +174,7 @@ class FeatureDistillation(nn.Module):
         """The teacher's whitened features: (B, N, D), or (B, 1, D) for gap and logits."""
         raw, map_like = self._raw_targets(batch)
         if not map_like or self.resample_order == "before-whitening":
-            return self.whitening(raw)  # type: ignore[no-any-return]
+            return self.whitening(raw)
         p = len(self.pairing.prefix)
         whitened = self.whitening(raw)
         h, w = self.pairing.teacher_grid
@@ -185,9 +187,7 @@ class FeatureDistillation(nn.Module):
         """Unwhitened targets, and whether they are the tokens of a map."""
         images = batch.images
         if images.shape[-2:] != self.teacher.image_size:
-            images = F.interpolate(
-                images, self.teacher.image_size, mode="bilinear", antialias=True
-            )
+            images = F.interpolate(images, self.teacher.image_size, mode="bilinear", antialias=True)
         layer = self.pairing.layer
         layers = () if layer is None else (layer,)
         features = self.teacher(images, layers, stream=batch.stream, slot_name="teacher")
@@ -210,15 +210,13 @@ class FeatureDistillation(nn.Module):
         """The student's projected features, shaped as the targets."""
         images = batch.images
         if images.shape[-2:] != self.student.image_size:
-            images = F.interpolate(
-                images, self.student.image_size, mode="bilinear", antialias=True
-            )
+            images = F.interpolate(images, self.student.image_size, mode="bilinear", antialias=True)
         features: Features = self.student(images, stream=batch.stream)
         if self.target == "map":
             tokens = self._tokens(features.map, features.prefix, features.prefix_names)
         else:
             tokens = features.map.mean((2, 3))[:, None]
-        return self.projector(tokens)  # type: ignore[no-any-return]
+        return self.projector(tokens)
 
     def forward(self, batch: Batch) -> Loss:
         with torch.no_grad():

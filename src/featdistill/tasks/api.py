@@ -38,46 +38,46 @@ def distill(**options: Any) -> DistillResult:
     Raises:
         FeatDistillError: whatever the command would say in one line.
     """
-    return _call("distill", options)  # type: ignore[no-any-return]
+    return _call("distill", options)
 
 
 def check(**options: Any) -> CheckResult:
     """What a distillation would do and cost; wants `teacher` and `data`."""
-    return _call("check", options)  # type: ignore[no-any-return]
+    return _call("check", options)
 
 
 def finetune(**options: Any) -> FinetuneResult:
     """Fine-tune a classifier; wants `model`, `data` and `out`."""
-    return _call("finetune", options)  # type: ignore[no-any-return]
+    return _call("finetune", options)
 
 
 def pretrain(**options: Any) -> PretrainResult:
     """Make a contrastive teacher; wants `data` and `out`."""
-    return _call("pretrain", options)  # type: ignore[no-any-return]
+    return _call("pretrain", options)
 
 
 def knn(**options: Any) -> KnnResult:
     """Nearest-neighbour scores; wants `model` (one or a list) and `data`."""
     if isinstance(options.get("model"), str):
         options["model"] = [options["model"]]
-    return _call("knn", options)  # type: ignore[no-any-return]
+    return _call("knn", options)
 
 
 def predict(**options: Any) -> PredictResult:
     """Classify images; wants `model` and `data`."""
-    return _call("predict", options)  # type: ignore[no-any-return]
+    return _call("predict", options)
 
 
 def compare(**options: Any) -> CompareResult:
     """Teacher, student and a fresh model under one recipe; wants both, `data` and `out`."""
-    return _call("compare", options)  # type: ignore[no-any-return]
+    return _call("compare", options)
 
 
 def export(**options: Any) -> Exported:
     """Write a timm folder; wants `model` and `out`."""
-    return _call("export", options)  # type: ignore[no-any-return]
+    return _call("export", options)
 
 
 def quickstart(**options: Any) -> QuickstartResult:
     """The whole loop on scikit-learn's digits, offline."""
-    return _call("quickstart", options)  # type: ignore[no-any-return]
+    return _call("quickstart", options)

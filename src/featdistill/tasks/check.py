@@ -56,9 +56,7 @@ def run(config: CheckConfig) -> CheckResult:
     batches, loading = _load(config, assembly)
     step, loss = _steps(assembly, batches)
     views = assembly.schedule.steps * config.data.batch_size
-    warning = budget_warning(
-        len(assembly.data.train), views, fresh=config.student.init == "random"
-    )
+    warning = budget_warning(len(assembly.data.train), views, fresh=config.student.init == "random")
     result = CheckResult(
         seconds_per_step=step,
         seconds_per_batch_loading=loading,

@@ -77,9 +77,7 @@ class _Setting:
 
     def rate(self, factor: float) -> float:
         optimizer = self.config.optimizer
-        return factor * scaled_rate(
-            optimizer.lr, optimizer.lr_per_512, self.config.data.batch_size
-        )
+        return factor * scaled_rate(optimizer.lr, optimizer.lr_per_512, self.config.data.batch_size)
 
     def labels(self, seed: int) -> Source:
         """The training images whose labels a seed may use."""
@@ -156,9 +154,7 @@ def _rows(config: CompareConfig) -> list[Row]:
     size = config.view.image_size
 
     def loaded(spec: str, weights: str) -> Callable[[int], Backbone]:
-        return lambda seed: load_backbone(
-            spec, weights=weights, image_size=size, seed=config.run.seed
-        )
+        return lambda _: load_backbone(spec, weights=weights, image_size=size, seed=config.run.seed)
 
     student = loaded(config.student.spec, config.student.weights)
     rows = [
@@ -256,9 +252,7 @@ def _sweep(setting: _Setting, row: Row) -> list[dict[str, Any]]:
     found = []
     for factor in config.lrs:
         name = f"lr-{setting.rate(factor):.2g}"
-        result = _fit(
-            setting, row, name, seed=seed, factor=factor, train=rest, held=chosen_on
-        )
+        result = _fit(setting, row, name, seed=seed, factor=factor, train=rest, held=chosen_on)
         found.append(
             {
                 "factor": factor,
@@ -390,7 +384,10 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     count = f"better under {wins} of {n} seed{'s' if n > 1 else ''}"
     if n == 1:
         word = "above" if mean > 0 else "below" if mean < 0 else "level with"
-        return f"Under a single seed the distilled student is {size} {word} its teacher; more seeds would tell."
+        return (
+            f"Under a single seed the distilled student is {size} {word} its teacher; more seeds "
+            "would tell."
+        )
     error = difference["std"] / n**0.5
     agree = wins == n or all(d < 0 for d in each)
     if agree and abs(mean) > 2 * error:
@@ -401,4 +398,3 @@ def verdict(rows: list[dict[str, Any]]) -> str:
         f"Fine-tuned, student and teacher cannot be told apart: {sign}{size} for the student "
         f"({count}; standard error {error * 100:.1f})."
     )
-

@@ -70,9 +70,7 @@ def assemble(config: DistillConfig) -> Assembly:
         batch_size=config.data.batch_size,
     )
     processes = config.run.devices * config.run.nodes
-    check_batch(
-        config.data.batch_size, processes=processes, micro_batches=config.run.micro_batches
-    )
+    check_batch(config.data.batch_size, processes=processes, micro_batches=config.run.micro_batches)
     runtime = runtime_of(config.run)
     teacher = load_backbone(
         config.teacher.spec,
@@ -201,7 +199,9 @@ def run(config: DistillConfig) -> DistillResult:
         [("student.model.", objective.student.model), ("projector.", objective.projector)],
         weight_decay=config.optimizer.weight_decay,
     )
-    plan = plan_of(config, assembly.data.train, assembly.view, assembly.schedule, title="distilling")
+    plan = plan_of(
+        config, assembly.data.train, assembly.view, assembly.schedule, title="distilling"
+    )
     result = fit(
         objective,
         adamw(groups, betas=config.optimizer.betas),
@@ -246,7 +246,11 @@ def _calibrate(config: DistillConfig, assembly: Assembly) -> None:
 
 
 def _finish(
-    config: DistillConfig, assembly: Assembly, folder: Path, seconds: float, last: Mapping[str, float]
+    config: DistillConfig,
+    assembly: Assembly,
+    folder: Path,
+    seconds: float,
+    last: Mapping[str, float],
 ) -> Exported:
     objective = assembly.objective
     steps = assembly.schedule.steps
@@ -279,8 +283,10 @@ def _finish(
             "teacher": asdict(teacher),
         },
     )
-    say(f"done in {duration(seconds)}; the student, for plain timm (checked to "
-        f"{exported.difference:.0e}):\n")
+    say(
+        f"done in {duration(seconds)}; the student, for plain timm (checked to "
+        f"{exported.difference:.0e}):\n"
+    )
     say(exported.snippet)
     say(
         f"\nnext: featdistill compare --teacher {config.teacher.spec} --student {config.run.out} "

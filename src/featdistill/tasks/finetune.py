@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from featdistill.config.commands import CompareConfig, FinetuneConfig
+from featdistill.config.sections import Pool
 from featdistill.core.errors import DataError
 from featdistill.core.records import write_record
 from featdistill.data.open import Data, label_budget
@@ -57,7 +58,9 @@ class Tuned:
     scores: Scores | None
 
 
-def check_labels(data: Data, *, budget: str | None, seed: int) -> tuple[Source, Source, tuple[str, ...]]:
+def check_labels(
+    data: Data, *, budget: str | None, seed: int
+) -> tuple[Source, Source, tuple[str, ...]]:
     """The labelled training part within its budget, the held-out part, and the class names.
 
     Raises:
@@ -102,7 +105,7 @@ def tune(
     classifier = build_classifier(
         backbone,
         class_names=classes,
-        pool=config.pool.value,
+        pool="cls" if config.pool is Pool.CLS else "mean",
         drop_path=config.drop_path,
         seed=config.run.seed,
     )
@@ -131,7 +134,9 @@ def tune(
         weight_decay=config.optimizer.weight_decay,
         layer_decay=config.optimizer.layer_decay,
     )
-    plan = plan_of(config, train, finetune_view(config, backbone), schedule, title=title, quiet=quiet)
+    plan = plan_of(
+        config, train, finetune_view(config, backbone), schedule, title=title, quiet=quiet
+    )
 
     def scores() -> Scores:
         return score(
@@ -263,8 +268,10 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
         f"images, in {duration(tuned.fit.seconds)}"
     )
     if exported is None:
-        say("this architecture is not timm's, so nothing was exported; its weights are in "
-            f"{folder / 'checkpoints'}")
+        say(
+            "this architecture is not timm's, so nothing was exported; its weights are in "
+            f"{folder / 'checkpoints'}"
+        )
         return None
     say(f"\n{exported.snippet}\n")
     say(f"next: featdistill predict --model {config.run.out} --data IMAGES")

@@ -77,8 +77,10 @@ def run(config: KnnCommandConfig) -> KnnResult:
     """Score each model."""
     if len(config.weights) not in (1, len(config.models)):
         raise ConfigError(
-            [f"--weights given {len(config.weights)} times for {len(config.models)} models; "
-             "expected once, or once for each"]
+            [
+                f"--weights given {len(config.weights)} times for {len(config.models)} models; "
+                "expected once, or once for each"
+            ]
         )
     if config.run.out is not None:
         check_out(config.run.out, resume=False)

@@ -14,10 +14,10 @@ from rich.table import Table
 from featdistill.config.commands import PredictConfig
 from featdistill.core.errors import ModelError
 from featdistill.core.records import write_record
+from featdistill.data.index import EXTENSIONS
 from featdistill.data.loader import ordered_batches, plainly
 from featdistill.data.open import Data, open_data
 from featdistill.data.sources import FileSource, Source
-from featdistill.data.index import EXTENSIONS
 from featdistill.data.views import EvalView
 from featdistill.engine.rundir import check_out
 from featdistill.engine.runtime import limit_threads, pick_device

@@ -51,7 +51,7 @@ def run(config: PretrainConfig) -> PretrainResult:
         model.name,
         image_size=view.image_size,
         patch=model.patch,
-        position=_position(config),
+        style="plain",
         drop_path=model.drop_path,
         width=model.width,
         depth=model.depth,
@@ -83,7 +83,10 @@ def run(config: PretrainConfig) -> PretrainResult:
             ratio=view.crop_ratio,
             flip=view.flip,
             rotate=view.rotate,
-            jitter=view.jitter,
+            brightness=view.brightness,
+            contrast=view.contrast,
+            saturation=view.saturation,
+            hue=view.hue,
             gray=view.gray,
             blur=view.blur,
         ),
@@ -134,14 +137,5 @@ def run(config: PretrainConfig) -> PretrainResult:
         f"--student-init teacher --data {config.data.path} --image-size {view.image_size} "
         f"--out {config.run.out.rstrip('/')}-distilled"
     )
-    return PretrainResult(
-        folder.path, exported.folder, result.step, result.seconds, result.last
-    )
+    return PretrainResult(folder.path, exported.folder, result.step, result.seconds, result.last)
 
-
-def _position(config: PretrainConfig) -> str | None:  # type: ignore[return]
-    """The position scheme; the default of `pretrain` is no wish where the model has its own."""
-    position = config.model.position
-    plain_vit = config.model.name.startswith("vit-")
-    given = "position" in config.model.model_fields_set
-    return position.value if position is not None and (plain_vit or given) else None

@@ -72,9 +72,7 @@ def run(config: QuickstartConfig) -> QuickstartResult:
         options = dict(options)
         recipe = options.pop("recipe")
         begun = (Path(options["out"]) / "config.yaml").is_file()
-        resolved = resolve(
-            command, {**options, "resume": config.resume and begun}, recipe=recipe
-        )
+        resolved = resolve(command, {**options, "resume": config.resume and begun}, recipe=recipe)
         results.append(run_command(command, resolved))
     seconds = time.monotonic() - began
     compared: CompareResult = results[2]

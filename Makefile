@@ -1,0 +1,40 @@
+# make quickstart   install and run the whole loop on embedded data (minutes, offline after install)
+# make test         linters, types, import contract, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test lint unit test-gpu constraints clean
+
+quickstart: $(STAMP)
+	rm -rf runs/quickstart
+	$(BIN)/featdistill quickstart --out runs/quickstart
+
+test: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(STAMP)
+	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -q -m gpu
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"featdistill needs Python 3.11 or 3.12; {sys.executable} is {v[0]}.{v[1]} (make PYTHON=python3.12 ...)")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+# after changing dependencies: the versions that are installed now become the pinned ones
+constraints: $(STAMP)
+	{ echo '# Versions that the tests ran with (make constraints). No index is named here.'; \
+	  $(BIN)/python -m pip freeze --exclude-editable --exclude featdistill; } > constraints.txt
+
+clean:
+	rm -rf $(VENV) runs

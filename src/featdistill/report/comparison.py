@@ -1,0 +1,244 @@
+"""The `compare` record and what lies beside it, read once into typed, immutable values.
+
+All accuracies are shares in 0..1; differences are shares too, of the same images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from featdistill.core.errors import RunError
+from featdistill.core.records import read_record
+from featdistill.engine.rundir import read_metrics
+
+
+class _Part(BaseModel):
+    """Immutable; keys that the report does not show are left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Data(_Part):
+    """Which images were used for what; `labels` is the label budget as given, None: all."""
+
+    name: str
+    train_images: int
+    labels: str | int | None = None
+    labelled_images: int
+    test_images: int
+    classes: int
+
+
+class Recipe(_Part):
+    """What all rows share; `lr` is the recipe's own, before each row chose its multiple."""
+
+    steps: int
+    epochs: float
+    batch_size: int
+    image_size: int
+    layer_decay: float | None = None
+    lr: float
+
+
+class Model(_Part):
+    """One model of the comparison."""
+
+    spec: str
+    architecture: str
+    parameters: int
+    image_size: int
+    width: int
+    grid: tuple[int, int]
+    weights: str
+
+
+class Trial(_Part):
+    """One learning rate, scored on held-out training labels."""
+
+    lr: float
+    val_top1: float
+    folder: str = ""
+
+
+class Run(_Part):
+    """One scored fine-tuning."""
+
+    seed: int
+    top1: float
+    top5: float | None = None
+    seconds: float | None = None
+    folder: str
+
+
+class Spread(_Part):
+    """Mean over n seeds and their standard deviation, None where n = 1."""
+
+    mean: float
+    std: float | None = None
+    n: int
+
+
+class Row(_Part):
+    """One starting point (`teacher`, `student`, `scratch`) with all its runs."""
+
+    name: str
+    title: str
+    model: Model
+    sweep: tuple[Trial, ...] = ()
+    lr: float
+    runs: tuple[Run, ...]
+    top1: Spread
+    knn: Mapping[int, float] | None = None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the chosen learning rate is the smallest or largest of those tried."""
+        rates = [trial.lr for trial in self.sweep]
+        return len(rates) > 1 and self.lr in (min(rates), max(rates))
+
+
+class Difference(Spread):
+    """Top-1 of one row minus another's, paired by seed."""
+
+    of: str
+    minus: str
+    per_seed: tuple[float, ...]
+
+    @property
+    def wins(self) -> int:
+        """Under how many seeds `of` scored higher."""
+        return sum(d > 0 for d in self.per_seed)
+
+
+class Comparison(_Part):
+    """The `results` of a `compare` record."""
+
+    data: Data
+    recipe: Recipe
+    rows: tuple[Row, ...] = Field(min_length=1)
+    differences: tuple[Difference, ...] = ()
+    verdict: str
+    seconds: float
+
+    def row(self, name: str) -> Row | None:
+        """The row of that name, or None."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    def title(self, name: str) -> str:
+        """The title of a row; its name where there is no such row."""
+        row = self.row(name)
+        return row.title if row else name
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Every seed that scored a run, in the order of the first row."""
+        return tuple(dict.fromkeys(run.seed for row in self.rows for run in row.runs))
+
+    @property
+    def shown_k(self) -> int | None:
+        """The kNN neighbourhood to show: of those that all rows with kNN have, that nearest 20.
+
+        20 is the customary one (DINO); one k for all rows, so that none may choose its best.
+        """
+        known = [set(row.knn) for row in self.rows if row.knn]
+        common = set.intersection(*known) if known else set()
+        return min(common, key=lambda k: (abs(k - 20), k), default=None)
+
+    def to_teacher(self, row: Row) -> tuple[float, float | None] | None:
+        """(mean, std) of a row minus the teacher; None for the teacher, or where there is none.
+
+        The paired difference where the record has it; else that of the means, without a spread.
+        """
+        teacher = self.row("teacher")
+        if teacher is None or row.name == "teacher":
+            return None
+        for found in self.differences:
+            if (found.of, found.minus) == (row.name, "teacher"):
+                return found.mean, found.std
+        return row.top1.mean - teacher.top1.mean, None
+
+
+def parse_results(results: Mapping[str, Any]) -> Comparison:
+    """The `results` of a `compare` record.
+
+    Raises:
+        RunError: a part is absent or of another type; says the first such.
+    """
+    try:
+        return Comparison.model_validate(results)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RunError(
+            f"the comparison's record is not complete (results.{where}: {first['msg']})",
+            fix="run `featdistill compare` again",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Series:
+    """A measured quantity over training steps."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+def series(metrics: list[dict[str, Any]], key: str) -> Series:
+    """The finite values of `key` in the lines of a metrics.jsonl; maybe none."""
+    found: list[tuple[int, float]] = []
+    for line in metrics:
+        step, value = (line.get("step"), line.get(key)) if isinstance(line, dict) else (None, None)
+        if isinstance(step, int) and isinstance(value, int | float) and math.isfinite(value):
+            found.append((step, float(value)))
+    return Series(tuple(s for s, _ in found), tuple(v for _, v in found))
+
+
+@dataclass(frozen=True)
+class Making:
+    """How one of the two models came to be, as far as its files were kept.
+
+    Attributes:
+        name: `teacher` or `student`.
+        kind: `distill` or `pretrain`.
+        curves: label -> series, at least one.
+        results: the `results` of its record; empty where there is none.
+    """
+
+    name: str
+    kind: str
+    curves: Mapping[str, Series]
+    results: Mapping[str, Any]
+
+
+_CURVES = {
+    "distill": {"loss": "loss", "cosine": "cosine"},
+    "pretrain": {"loss": "loss", "agreement": "agreement"},
+}
+
+
+def read_making(folder: Path, name: str) -> Making | None:
+    """How `name` came to be, from `folder`/inputs; None where that was not kept."""
+    source = folder / "inputs" / name
+    metrics = read_metrics(source / "metrics.jsonl")
+    for kind, curves in _CURVES.items():
+        record = _record_or_none(source / f"{kind}.json", kind)
+        found = {label: series(metrics, key) for label, key in curves.items()}
+        found = {label: curve for label, curve in found.items() if len(curve.steps) > 1}
+        if found and (record is not None or len(found) == len(curves)):
+            results = record.get("results") if record else None
+            return Making(name, kind, found, results if isinstance(results, dict) else {})
+    return None
+
+
+def _record_or_none(file: Path, kind: str) -> dict[str, Any] | None:
+    """A record that the page can do without."""
+    try:
+        return read_record(file, kind)
+    except RunError:
+        return None

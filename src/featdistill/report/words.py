@@ -1,0 +1,268 @@
+"""What the page says: captions, descriptions for those who cannot see the figures, and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from featdistill.report import tables
+from featdistill.report.comparison import Comparison, Making
+from featdistill.report.tables import of_seeds, percent, points, rate
+
+_INPUTS = {"distill": "Distillation", "pretrain": "Pre-training"}
+
+
+def listed(parts: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _per_row(found: Comparison) -> str:
+    return listed([f"{row.title} {percent(row.top1.mean, row.top1.std)}" for row in found.rows])
+
+
+def _several(found: Comparison) -> bool:
+    return any(row.top1.n > 1 for row in found.rows)
+
+
+def accuracy(found: Comparison) -> tuple[str, str]:
+    """(caption, description) of the accuracy figure."""
+    runs = f"{found.data.test_images:,} test images, {of_seeds(len(found.seeds))}"
+    bar = (
+        "the bar beside them is their mean, its whisker one standard deviation over seeds. "
+        if _several(found)
+        else "with one seed there is no spread to show. "
+    )
+    caption = (
+        f"Top-1 in percent on {runs}. Each mark is one fine-tuning; thin lines join equal seeds; "
+        f"{bar}The axis does not begin at zero."
+    )
+    return caption, f"Top-1 accuracy by row: {_per_row(found)}."
+
+
+def differences(found: Comparison) -> tuple[str, str]:
+    """(caption, description) of the figure of paired differences."""
+    parts = [
+        f"{found.title(d.of)} minus {found.title(d.minus)}: {points(d.mean, d.std)} points, "
+        f"higher under {d.wins} of {of_seeds(d.n)}"
+        for d in found.differences
+    ]
+    whisker = (
+        " The thick mark is the mean, its line one standard deviation over seeds."
+        if _several(found)
+        else ""
+    )
+    scales = " The panels have scales of their own." if len(parts) > 1 else ""
+    right = listed([found.title(name) for name in dict.fromkeys(d.of for d in found.differences)])
+    caption = (
+        f"Differences in top-1, percentage points, paired by seed; right of zero: {right} is "
+        f"higher.{whisker}{scales}"
+    )
+    return caption, f"{'. '.join(parts)}."
+
+
+def finetuning(found: Comparison) -> tuple[str, str]:
+    """(caption, description) of the fine-tuning curves."""
+    lines = "Thick: mean over seeds; thin: single seeds. " if _several(found) else "One seed. "
+    caption = (
+        f"Top-1 in percent on the {found.data.test_images:,} test images while fine-tuning, at "
+        f"each row's chosen learning rate. {lines}The last "
+        "point is the result: no step was picked by its score."
+    )
+    return caption, f"Accuracy against optimiser steps; it ends at {_per_row(found)}."
+
+
+def sweep(found: Comparison) -> tuple[str, str]:
+    """(caption, description) of the learning-rate sweep."""
+    caption = (
+        "Top-1 in percent on a held-out part of the training labels, one run for each rate, so "
+        "without a spread. The ring marks the rate that the scored runs used. "
+        f"{edge_warning(found)}"
+    )
+    chosen = listed([f"{row.title} {rate(row.lr)}" for row in found.rows])
+    return caption.strip(), f"Accuracy by learning rate; chosen: {chosen}."
+
+
+def edge_warning(found: Comparison) -> str:
+    """That a better learning rate may lie outside of those tried; empty where none is at an end."""
+    rows = [row.title for row in found.rows if row.at_edge]
+    if not rows:
+        return ""
+    return (
+        f"{listed(rows)} chose the outermost rate tried, so a better one may lie beyond: "
+        "repeat with more values for --lrs."
+    )
+
+
+def making(made: Making, found: Comparison) -> tuple[str, str, str]:
+    """(title, caption, description) of how a model came to be."""
+    title = f"{_INPUTS[made.kind]}: {found.title(made.name)}"
+    first, last = ({k: c.values[i] for k, c in made.curves.items()} for i in (0, -1))
+    what = {
+        "distill": "Loss against the teacher's features (no unit), and the cosine of prediction "
+        "and target, on training views; no labels.",
+        "pretrain": "Contrastive loss (nats), and the share of views whose own partner is the "
+        "nearest, on training views; no labels.",
+    }[made.kind]
+    faint = " Faint: as logged; strong: moving mean." if len(made.curves["loss"].steps) > 60 else ""
+    changes = [f"{label} from {first[label]:.3g} to {last[label]:.3g}" for label in made.curves]
+    return title, f"{what} {_size(made)}{faint}".strip(), f"{title}: {listed(changes)}."
+
+
+def _size(made: Making) -> str:
+    """Steps, images and time, as far as the record says."""
+    results = made.results
+    parts = []
+    for key, unit in (("steps", "steps"), ("images_seen", "images seen")):
+        if isinstance(results.get(key), int):
+            parts.append(f"{results[key]:,} {unit}")
+    if isinstance(results.get("seconds"), int | float):
+        parts.append(tables.seconds(results["seconds"]))
+    return f"{', '.join(parts)}." if parts else ""
+
+
+def table(found: Comparison) -> str:
+    """The caption of the table."""
+    spread = "± is the standard deviation over seeds. " if _several(found) else ""
+    knn = (
+        "kNN classifies frozen features without any training: it says what a model knows, not how "
+        "well it fine-tunes. "
+        if found.shown_k is not None
+        else ""
+    )
+    return f"Accuracies on {found.data.test_images:,} test images. {spread}{knn}".strip()
+
+
+def reading(found: Comparison) -> list[str]:
+    """How to read the page: what the numbers are, and what they are not."""
+    return [_seeds(found), _rates(found), _pairs(found), _sample(found), _limits(found)]
+
+
+def _seeds(found: Comparison) -> str:
+    subset = ", and which images may show their labels" if found.data.labels is not None else ""
+    start = (
+        "All rows were fine-tuned alike and differ in the weights they began with. A seed sets the "
+        f"order of the images, their augmentation and the new classifier{subset}. "
+    )
+    n = max(row.top1.n for row in found.rows)
+    if n == 1:
+        return (
+            f"{start}With a single seed the spread is unknown, and a small difference may be luck: "
+            "repeat with --seeds 1,2,3."
+        )
+    rough = ", and from so few seeds a rough one" if n < 5 else ""
+    return (
+        f"{start}± is the standard deviation over {n} seeds: how far one run lies from the "
+        f"next{rough}. It is not a confidence interval."
+    )
+
+
+def _rates(found: Comparison) -> str:
+    if not any(row.sweep for row in found.rows):
+        return (
+            "All rows used one learning rate, which was not tuned; a row that wants another is at "
+            "a disadvantage. Try several with --lrs 0.25,1,4."
+        )
+    return (
+        "Each row chose its learning rate by itself, on a held-out part of the training labels; "
+        f"the test images took no part in it. {edge_warning(found)}"
+    ).strip()
+
+
+def _pairs(found: Comparison) -> str:
+    shapes = {
+        (row.model.architecture, row.model.parameters)
+        for row in found.rows
+        if row.name in ("teacher", "student")
+    }
+    other = (
+        " Teacher and student also differ in architecture, so not all of a difference need come "
+        "from distillation."
+        if len(shapes) > 1
+        else ""
+    )
+    agree = " Look first whether all seeds agree on its sign." if _several(found) else ""
+    return (
+        "A difference pairs the runs of one seed, which saw the same labels: what they share "
+        f"cancels out.{agree}{other}"
+    )
+
+
+def _sample(found: Comparison) -> str:
+    images, best = found.data.test_images, max(row.top1.mean for row in found.rows)
+    error = tables.sampling_error(best, images)
+    return (
+        f"The test images are a sample as well: one of {images:,} is {100 / max(images, 1):.2g} "
+        f"points, and an accuracy of {percent(best)} has a standard error of {100 * error:.1f} "
+        "points from that alone, which more seeds do not lessen. Differences on the same images "
+        "suffer less from it."
+    )
+
+
+def _limits(found: Comparison) -> str:
+    labels = (
+        "with another number of labels"
+        if found.data.labels is not None
+        else "with fewer or more labels"
+    )
+    return (
+        f"What this does not say: how it comes out on other data, {labels}, under a longer recipe, "
+        "or for another task such as segmentation. Nor does it count what distilling cost, or that "
+        "the student has seen more images by then, if without labels."
+    )
+
+
+def facts(
+    found: Comparison, record: Mapping[str, Any], made: Sequence[Making]
+) -> list[tuple[str, str, bool]]:
+    """What was run, as (term, value, whether it is code)."""
+    data, recipe = found.data, found.recipe
+    environment = record.get("environment") or {}
+    versions = environment.get("versions") or {}
+    budget = "all" if data.labels is None else f"a budget of {data.labels} a class"
+    if isinstance(data.labels, str) and data.labels.endswith("%"):
+        budget = f"a budget of {data.labels}"
+    decay = "" if recipe.layer_decay is None else f", layer decay {recipe.layer_decay:g}"
+    tried = sorted({trial.lr for row in found.rows for trial in row.sweep})
+    rates = listed([rate(one) for one in tried]) if tried else rate(recipe.lr)
+    python = environment.get("python")
+    entries = [
+        ("Data", f"{data.name}: {data.train_images:,} training images of {data.classes} classes"),
+        ("Labels", f"{budget}: {data.labelled_images:,} images for each fine-tuning"),
+        ("Scored on", f"{data.test_images:,} test images"),
+        (
+            "Recipe",
+            f"{recipe.steps:,} steps ({recipe.epochs:.4g} epochs) of {recipe.batch_size} images "
+            f"at {recipe.image_size} pixels{decay}",
+        ),
+        ("Learning rates", f"{rates}{' tried for each row' if len(tried) > 1 else ''}"),
+        ("Seeds", ", ".join(map(str, found.seeds))),
+        *((f"{_INPUTS[one.kind]}", _made(one, found)) for one in made),
+        ("Time", _time(found)),
+        ("Device", listed([str(d) for d in environment.get("devices") or []])),
+        ("Threads", str(environment.get("threads") or "")),
+        ("System", str(environment.get("platform") or "")),
+        (
+            "Versions",
+            ", ".join(
+                [f"python {python}"] * bool(python) + [f"{k} {v}" for k, v in versions.items()]
+            ),
+        ),
+        ("Date", str(record.get("created") or "")),
+        ("Commit", str(environment.get("commit") or "")),
+        ("Command", str(environment.get("command") or "")),
+    ]
+    return [(term, text, term in ("Command", "Commit")) for term, text in entries if text]
+
+
+def _made(made: Making, found: Comparison) -> str:
+    notes = made.results.get("notes")
+    said = " ".join(f"{note}." for note in notes) if isinstance(notes, list) else ""
+    return f"{found.title(made.name)}: {_size(made) or 'no record was kept.'} {said}".strip()
+
+
+def _time(found: Comparison) -> str:
+    runs = [run.seconds for row in found.rows for run in row.runs if run.seconds is not None]
+    each = f", {tables.seconds(fmean(runs))} for each scored fine-tuning" if runs else ""
+    return f"{tables.seconds(found.seconds)}{each}"
