@@ -37,13 +37,13 @@ def stir(module: nn.Module, seed: int = 0, size: float = 0.05) -> None:
 def wrap(model: nn.Module, size: tuple[int, int], *, build: TimmBuild | None = None) -> Backbone:
     """A timm model behind the contract, with a mean and std of its own."""
     return Backbone(
-        model.eval(),
+        model,
         mean=(0.4, 0.5, 0.6),
         std=(0.2, 0.25, 0.3),
         image_size=size,
         origin=Origin("test", "random"),
         build=build,
-    )
+    ).eval()
 
 
 def small(architecture: str, **arguments: object) -> Backbone:

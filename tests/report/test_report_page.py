@@ -62,7 +62,7 @@ def test_page_states_verdict_numbers_and_setting(make_comparison: Make) -> None:
         "96.6 ± 0.3%",
         "84.6 ± 1.3%",
         "+1.2 ± 0.2",
-        "−10.8",
+        "\N{MINUS SIGN}10.8",
         "93.1%",  # kNN
         "Top-1, seed 2 95.4% 96.4% 83.6%",
         "85.8 M",

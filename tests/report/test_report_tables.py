@@ -14,6 +14,7 @@ from rich.console import Console
 from featdistill.report.comparison import parse_results, series
 from featdistill.report.figures import spread_apart
 from featdistill.report.tables import (
+    NOTHING,
     comparison_table,
     count,
     percent,
@@ -30,12 +31,12 @@ Make = Callable[..., Path]
     [
         (percent(0.9534), "95.3%"),
         (percent(0.9534, 0.004), "95.3 ± 0.4%"),
-        (percent(None), "–"),
-        (percent(math.nan), "–"),
+        (percent(None), NOTHING),
+        (percent(math.nan), NOTHING),
         (points(0.0124), "+1.2"),
-        (points(-0.0124, 0.003), "−1.2 ± 0.3"),
-        (points(-0.0001), "0.0"),  # neither −0.0 nor +0.0
-        (points(None), "–"),
+        (points(-0.0124, 0.003), "\N{MINUS SIGN}1.2 ± 0.3"),
+        (points(-0.0001), "0.0"),  # neither -0.0 nor +0.0
+        (points(None), NOTHING),
         (count(85_800_000), "85.8 M"),
         (count(1_210), "1.2 k"),
         (count(12), "12"),
@@ -56,9 +57,9 @@ def test_sampling_error_is_binomial() -> None:
 def test_table_for_the_terminal(make_comparison: Make) -> None:
     lines = _printed(make_comparison())
     assert [lines[name] for name in ("Teacher", "Distilled student", "From scratch")] == [
-        ["85.8 M", "0.001", "93.1%", "95.4 ± 0.4%", "–"],
+        ["85.8 M", "0.001", "93.1%", "95.4 ± 0.4%", NOTHING],
         ["85.8 M", "0.001", "90.0%", "96.6 ± 0.3%", "+1.2 ± 0.2"],
-        ["85.8 M", "0.004", "–", "84.6 ± 1.3%", "−10.8"],
+        ["85.8 M", "0.004", NOTHING, "84.6 ± 1.3%", "\N{MINUS SIGN}10.8"],
     ]
 
 
@@ -69,7 +70,7 @@ def test_table_shows_markup_as_it_is(make_comparison: Make) -> None:
     (folder / "compare.json").write_text(
         json.dumps({"kind": "compare", "results": results}), encoding="utf-8"
     )
-    assert _printed(folder)["[red]T[/nothing]"][3:] == ["95.0%", "–"]
+    assert _printed(folder)["[red]T[/nothing]"][3:] == ["95.0%", NOTHING]
 
 
 def test_one_k_for_all_rows(make_comparison: Make) -> None:

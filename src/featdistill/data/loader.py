@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from featdistill.core.errors import DataError
-from featdistill.core.seeds import generator
+from featdistill.core.seeds import generator, torch_generator
 from featdistill.core.types import Batch, Replaced
 from featdistill.data.decode import BadImage
 from featdistill.data.sources import Source
@@ -169,6 +169,8 @@ def training_batches(
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers and stop > start else None,
+        # its own generator, or making an iterator would move the process's
+        generator=torch_generator("loader", seed, start),
     )
 
 
@@ -212,6 +214,7 @@ def ordered_batches(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,
+        generator=torch_generator("ordered"),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from featdistill.core.errors import DataError, Interrupted, NonFiniteError
-from featdistill.core.seeds import SampleStream
+from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
@@ -119,6 +119,20 @@ def fit(
         NonFiniteError: the loss or a gradient was no number; the weights never saw it.
         DataError: too many images were unreadable.
     """
+    # a model's own dropout draws from the global generator: it too starts from the seed
+    with seeded_globals("fit", plan.seed):
+        return _fit(objective, optimizer, plan, runtime, folder, resume, evaluate)
+
+
+def _fit(
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    runtime: Runtime,
+    folder: Path,
+    resume: bool,
+    evaluate: Callable[[], Mapping[str, float]] | None,
+) -> FitResult:
     checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
     wrapped, stepper = runtime.prepare(objective, optimizer)
     start = 0

@@ -1,0 +1,150 @@
+"""A user's mistakes at the command line: one clear line, exit status 2, never a traceback."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from featdistill.cli.main import main
+
+TEACHER = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", "random"]
+STUDENT = ["--student", "vit-t", "--student.depth", "1"]
+DIGITS = ["--data", "digits", "--image-size", "32", "--steps", "1", "--batch-size", "4"]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str, says: tuple[str, ...]) -> None:
+    status = main(list(words))
+    err = capsys.readouterr().err
+    assert status == 2, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    for part in says:
+        assert part in err, err
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> list[str]:
+    return ["--out", str(tmp_path / "run")]
+
+
+def test_no_such_data(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    fails(capsys, "distill", *TEACHER, "--data", "nowhere", *out, says=("no data at 'nowhere'",))
+    assert not Path(out[1]).exists()
+
+
+def test_a_mistyped_folder_gets_a_suggestion(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "photographs").mkdir()
+    fails(
+        capsys,
+        *("distill", *TEACHER, "--data", str(tmp_path / "photogaphs"), *out),
+        says=("did you mean 'photographs'",),
+    )
+
+
+def test_no_image_in_it(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "data/class").mkdir(parents=True)
+    (tmp_path / "data/class/readme.md").write_text("no image")
+    fails(capsys, "distill", *TEACHER, "--data", str(tmp_path / "data"), *out, says=("no image",))
+
+
+def test_unreadable_class_folder(
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "data/cats").mkdir(parents=True)
+    real = os.scandir
+
+    def refuse(path: object) -> object:
+        if str(path).endswith("cats"):
+            raise PermissionError(13, "Permission denied")
+        return real(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    fails(
+        capsys,
+        *("distill", *TEACHER, "--data", str(tmp_path / "data"), *out),
+        says=("cannot read the folder", "cats"),
+    )
+
+
+def test_mistyped_teacher(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    words = ["distill", "--teacher", "timm/vit_tny_patch16_224", *DIGITS, *out]
+    fails(capsys, *words, says=("did you mean 'timm/vit_tiny_patch16_224'",))
+
+
+def test_patch_that_does_not_divide_the_image(
+    capsys: pytest.CaptureFixture[str], out: list[str]
+) -> None:
+    words = ["distill", *TEACHER, *STUDENT, "--student-patch", "5", *DIGITS, *out]
+    fails(capsys, *words, says=("patch of 5", "--image-size 30 or 35"))
+
+
+def test_out_that_is_not_empty(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    words = ["distill", *TEACHER, *DIGITS, "--out", str(tmp_path)]
+    fails(capsys, *words, says=("not empty", "--out"))
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_out_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    words = ["distill", *TEACHER, *DIGITS, "--out", str(tmp_path / "a/b")]
+    fails(capsys, *words, says=("cannot write", "--out"))
+
+
+def test_batch_larger_than_the_data(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    words = ["distill", *TEACHER, *STUDENT, "--data", "digits", "--batch-size", "5000", *out]
+    fails(capsys, *words, says=("batch of 5000 is larger", "--batch-size 899"))
+
+
+def test_all_option_mistakes_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["distill", "--teecher", "x", "--lr", "fast", "--epochs", "-3", "--data", "digits"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) >= 5
+    for part in ("teecher", "'teacher'", "'fast'", "'-3'", "--out (run.out) is required"):
+        assert part in err, err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 truncated zip"])
+def test_a_checkpoint_that_is_not_one(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path, content: bytes
+) -> None:
+    for name in ("weights.pth", "weights.safetensors"):
+        file = tmp_path / name
+        file.write_bytes(content)
+        words = ["distill", *TEACHER[:2], "--teacher-weights", str(file), *DIGITS, *out]
+        fails(capsys, *words, says=(str(file), "not a checkpoint"))
+
+
+def test_nothing_held_out(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "x.png")
+    words = ["finetune", "--model", "timm/resnet18", "--weights", "random"]
+    fails(capsys, *words, "--data", str(tmp_path / "data"), *out, says=("--val-fraction",))
+
+
+def test_resume_of_nothing(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    fails(capsys, "distill", *TEACHER, *DIGITS, *out, "--resume", says=("no run to resume",))
+
+
+def test_cuda_where_there_is_none(
+    capsys: pytest.CaptureFixture[str], out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["distill", *TEACHER, *DIGITS, *out, "--device", "cuda"]
+    fails(capsys, *words, says=("torch sees none",))
