@@ -22,7 +22,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_summaries_are_the_schemas_own() -> None:
-    assert SUMMARIES == tuple((name, schema.summary) for name, schema in COMMANDS.items())
+    assert tuple((name, schema.summary) for name, schema in COMMANDS.items()) == SUMMARIES
 
 
 @pytest.mark.parametrize(

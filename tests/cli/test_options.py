@@ -41,7 +41,7 @@ def test_forms(words: str, values: dict[str, object]) -> None:
 
 def test_repeated_and_listed_values_are_the_same() -> None:
     expected = {"models": ["a", "b", "c"]}
-    assert parse(KNN, "--model a --model b,c".split()).values == expected
+    assert parse(KNN, ["--model", "a", "--model", "b,c"]).values == expected
     assert parse(KNN, ["--model", "a, b ,c"]).values == expected
 
 
@@ -55,14 +55,15 @@ def test_a_bare_word_is_the_positional_option() -> None:
 
 
 def test_recipe_config_and_switches() -> None:
-    parsed = parse(DISTILL, "--recipe r --config=c.yaml --print-config -h".split())
+    parsed = parse(DISTILL, ["--recipe", "r", "--config=c.yaml", "--print-config", "-h"])
     assert (parsed.recipe, parsed.config) == ("r", "c.yaml")
     assert parsed.print_config
     assert parsed.help
 
 
 def test_every_mistake_is_kept() -> None:
-    parsed = parse(DISTILL, "word --teachr x --out --no-teacher --recipe --lr=3".split())
+    words = ["word", "--teachr", "x", "--out", "--no-teacher", "--recipe", "--lr=3"]
+    parsed = parse(DISTILL, words)
     assert parsed.values == {"optimizer.lr": "3"}
     assert [p.split(";")[0].split(":")[0] for p in parsed.problems] == [
         "'word' is not an option",

@@ -233,7 +233,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
         if path_of(COMMANDS[command], option) not in _flat(read_recipe(name))
     }
     config = resolve(command, wanted, recipe=name)
-    kept = {p: v for p, v in _flat(config.model_dump(mode="json")).items()}
+    kept = _flat(config.model_dump(mode="json"))
     for path, value in _flat(read_recipe(name)).items():
         assert path == "command" or kept[path] == value, path
 
@@ -264,7 +264,9 @@ def test_a_recipe_of_another_command() -> None:
 
 def test_no_such_recipe() -> None:
     (line,) = problems("distill", {}, recipe="quickstart-distil")
-    assert line.startswith("no recipe called 'quickstart-distil'; did you mean 'quickstart-distill'")
+    assert line.startswith(
+        "no recipe called 'quickstart-distil'; did you mean 'quickstart-distill'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,8 @@ def test_seeded_globals_put_back_after_an_error() -> None:
             torch.rand(3), random.random()
             raise KeyError
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 

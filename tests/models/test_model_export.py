@@ -108,6 +108,23 @@ def test_as_a_pyramid(exported: tuple[Backbone, Path]) -> None:
         torch.testing.assert_close(map_, ours[index].map, **CLOSE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("make", [small_beit, small_swin, small_vit])
+def test_a_resized_model_exports_and_rebuilds_as_it_is(
+    tmp_path: Path, make: Callable[[], Backbone]
+) -> None:
+    backbone = resize(make(), 64).eval()
+    x = images(2, 64)
+    export_timm(backbone, tmp_path / "export")
+    torch.testing.assert_close(
+        load_backbone(str(tmp_path / "export"))(x).map, backbone(x).map, **CLOSE
+    )
+    made = build_classifier(backbone, class_names=NAMES).eval()
+    torch.testing.assert_close(
+        made(x, layers=(0,)).layers[0].map, backbone(x, layers=(0,)).layers[0].map, **CLOSE
+    )
+
+
 def test_config_has_every_argument(exported: tuple[Backbone, Path]) -> None:
     backbone, folder = exported
     config = json.loads((folder / "config.json").read_text())

@@ -289,7 +289,7 @@ def test_read_tensors_is_exact(tmp_path: Path) -> None:
 
 # --- package.module:factory
 
-_MODULE = '''
+_MODULE = """
 import torch
 from torch import nn
 from featdistill.core.types import Features
@@ -328,7 +328,7 @@ def number():
     return 3
 
 NOTHING = None
-'''
+"""
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,12 @@ class StudentConfig(Section):
     depth: Positive | None = Field(None, description="layers, instead of the named size's")
     heads: Positive | None = Field(None, description="heads, instead of the named size's")
     window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
+    init_std: float | None = Field(
+        None,
+        gt=0,
+        description="std of a ViT's random weights; the official 0.02 by default, "
+        "more below a width of 768",
+    )
 
 
 class NewModelConfig(Section):

@@ -141,7 +141,7 @@ def _fit(
         start = checkpoint.step
         say(f"resumed at step {start} from {checkpoint.path}")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
-    metrics = MetricsLog(folder, resume_at=start, tensorboard=plan.tensorboard and runtime.first)
+    metrics = MetricsLog(folder, resume_at=start, tensorboard=plan.tensorboard, first=runtime.first)
     limit = plan.bad_image_limit
     loop = _Loop(
         objective=objective,
@@ -276,8 +276,7 @@ class _Loop:
         if len(self.quarantine):
             values["bad_images"] = len(self.quarantine)
         self.last |= values
-        if self.runtime.first:
-            self.metrics.write(done, values)
+        self.metrics.write(done, values)
         left = (time.monotonic() - began) / (done - start) * (plan.schedule.steps - done)
         self.bar.update(
             done,
@@ -294,8 +293,7 @@ class _Loop:
         self.objective.train()
         meter.pause(time.monotonic() - before)
         self.last |= scores
-        if self.runtime.first:
-            self.metrics.write(done, scores)
+        self.metrics.write(done, scores)
 
     def _save(self, done: int) -> None:
         if self.runtime.first:

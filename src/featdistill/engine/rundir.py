@@ -79,14 +79,16 @@ def check_out(out: str, *, resume: bool) -> None:
         )
 
 
-def open_run(out: str, config: BaseModel, *, resume: bool) -> RunDir:
-    """Make a run's folder, or open it again.
+def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -> RunDir:
+    """Make a run's folder, or open it again; of several processes, only the first touches it.
 
     Raises:
         RunError: see `check_out`; or the resumed run had another configuration.
     """
-    check_out(out, resume=resume)
     path = Path(out).expanduser()
+    if not first:
+        return RunDir(path)
+    check_out(out, resume=resume)
     values = config.model_dump(mode="json")
     if resume:
         _check_same(path, values)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from featdistill.core.errors import RunError
 from featdistill.core.types import Batch, Loss
 from featdistill.data.loader import Share
+from featdistill.engine.tracking import console
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
@@ -104,6 +105,7 @@ class Runtime:
             strategy="ddp" if devices * nodes > 1 else "auto",
         )
         self.fabric.launch()
+        console.quiet = not self.first
         self.attention = attention
 
     @property

@@ -33,15 +33,21 @@ class MetricsLog:
         folder: the run's.
         resume_at: drop lines of later steps, which a resumed run writes again.
         tensorboard: write events too.
+        first: whether this is the process that writes; the others' calls do nothing.
     """
 
-    def __init__(self, folder: Path, *, resume_at: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, resume_at: int = 0, tensorboard: bool = True, first: bool = True
+    ) -> None:
+        self._file: Any = None
+        self._board: Any = None
+        if not first:
+            return
         file = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(file) if row["step"] <= resume_at]
         text = "".join(json.dumps(row) + "\n" for row in kept) if resume_at else ""
         file.write_text(text, encoding="utf-8")
         self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed below
-        self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,13 +55,16 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log scalars of a step (1 is the first)."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

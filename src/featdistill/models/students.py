@@ -76,6 +76,7 @@ def build_student(
     heads: int | None = None,
     window: int | None = None,
     style: Style = "beit",
+    init_std: float | None = None,
     seed: int = 0,
     mean: Rgb = IMAGENET_MEAN,
     std: Rgb = IMAGENET_STD,
@@ -91,12 +92,22 @@ def build_student(
         window: Swin's window side.
         style: `plain` makes a ViT as DINO's and DeiT's (absolute positions, no layer scale), which
             is what a teacher is pre-trained as.
+        init_std: of a ViT's random weights; see `initialise`.
 
     Raises:
         ModelError: no such student, or sizes that do not go together.
     """
     build = _student_build(name, image_size, patch, position, width, depth, heads, window, style)
-    return build_fresh(build, spec=name, drop_path=drop_path, seed=seed, mean=mean, std=std)
+    return build_fresh(
+        build,
+        spec=name,
+        drop_path=drop_path,
+        init_std=init_std,
+        seed=seed,
+        mean=mean,
+        std=std,
+        image_size=image_size,
+    )
 
 
 def build_fresh(
@@ -104,6 +115,7 @@ def build_fresh(
     *,
     spec: str,
     drop_path: float = 0.0,
+    init_std: float | None = None,
     seed: int = 0,
     mean: Rgb = IMAGENET_MEAN,
     std: Rgb = IMAGENET_STD,
@@ -115,7 +127,7 @@ def build_fresh(
     )
     with seeded_globals("model", seed):
         model = create(build.architecture, **rate, **build.arguments)
-        initialise(model)
+        initialise(model, init_std)
     size = build.arguments.get("img_size") or image_size or 224
     return Backbone(
         model,
@@ -251,7 +263,7 @@ def _timm_build(name: str, image_size: int) -> TimmBuild:
 
 
 @torch.no_grad()
-def initialise(model: Any) -> None:
+def initialise(model: Any, std: float | None = None) -> None:
     """The official initialisation, where timm's differs.
 
     ViT: truncated normal of std 0.02 cut at one std, residual projections of layer l divided by
@@ -261,7 +273,7 @@ def initialise(model: Any) -> None:
     grows as 1/sqrt(width), or its layers would hardly pass a signal (docs/lab-notes.md).
     """
     if isinstance(model, Beit | VisionTransformer):
-        std = 0.02 * max(1.0, (768 / model.embed_dim) ** 0.5)
+        std = std or 0.02 * max(1.0, (768 / model.embed_dim) ** 0.5)
         cut = std if isinstance(model, Beit) else 2 * std
         for module in model.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -277,4 +289,3 @@ def initialise(model: Any) -> None:
                 for norm in (block.norm1, block.norm2):
                     nn.init.constant_(norm.weight, 1e-5)
                     nn.init.constant_(norm.bias, 1e-5)
-

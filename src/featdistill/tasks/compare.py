@@ -94,17 +94,18 @@ def run(config: CompareConfig) -> CompareResult:
     _check_sizes(config, train)
     runtime = runtime_of(config.run)
     rows = _rows(config)
-    folder = open_run(config.run.out, config, resume=config.run.resume).path
+    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first).path
     sweeps = len(config.lrs) if len(config.lrs) > 1 else 0
     fits = len(rows) * (sweeps + len(config.seeds))
     setting = _Setting(config, train, held, classes, runtime, folder, fits)
-    _keep_inputs(config, folder)
+    if runtime.first:
+        _keep_inputs(config, folder)
     say(
         f"{len(rows)} models x ({sweeps} learning rates + {len(config.seeds)} seeds) = {fits} "
         f"fine-tunings on {runtime.describe()}"
     )
     done = [_row(setting, row, number) for number, row in enumerate(rows)]
-    results = {
+    results: dict[str, Any] = {
         "data": {
             "name": train.name,
             "train_images": len(train),
@@ -119,8 +120,10 @@ def run(config: CompareConfig) -> CompareResult:
         "verdict": verdict(done),
         "seconds": time.monotonic() - began,
     }
-    record = write_record(folder / "compare.json", "compare", config=plain(config), results=results)
-    return _report(record, results)
+    file = folder / "compare.json"
+    if not runtime.first:
+        return CompareResult(results, results["verdict"], file, folder / "report" / "index.html")
+    return _report(write_record(file, "compare", config=plain(config), results=results), results)
 
 
 def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:
@@ -305,6 +308,8 @@ def _fit(
         "loss": tuned.scores.loss,
         "seconds": tuned.fit.seconds,
     }
+    if not setting.runtime.first:
+        return {**result, "folder": relative}
     write_record(
         file,
         "compare-fit",

@@ -120,6 +120,7 @@ def _student(config: DistillConfig, teacher: Backbone) -> tuple[Backbone, list[s
         depth=wanted.depth,
         heads=wanted.heads,
         window=wanted.window,
+        init_std=wanted.init_std,
         seed=config.run.seed,
         mean=mean,
         std=std,
@@ -186,7 +187,9 @@ def run(config: DistillConfig) -> DistillResult:
     """Distil, and export the student."""
     check_out(config.run.out, resume=config.run.resume)
     assembly = assemble(config)
-    folder = open_run(config.run.out, config, resume=config.run.resume)
+    folder = open_run(
+        config.run.out, config, resume=config.run.resume, first=assembly.runtime.first
+    )
     for line in describe(assembly):
         say(line)
     views = assembly.schedule.steps * config.data.batch_size
@@ -288,9 +291,12 @@ def _finish(
         f"{exported.difference:.0e}):\n"
     )
     say(exported.snippet)
-    say(
-        f"\nnext: featdistill compare --teacher {config.teacher.spec} --student {config.run.out} "
-        f"--data {config.data.path} --image-size {config.view.image_size} "
-        f"--out {config.run.out.rstrip('/')}-compared"
-    )
+    weights = config.teacher.weights
+    words = [
+        *("compare", "--teacher", config.teacher.spec),
+        *(() if weights == "hub" else ("--teacher-weights", weights)),
+        *("--student", config.run.out, "--data", config.data.path),
+        *("--image-size", str(config.view.image_size), "--out", f"{config.run.out}-compared"),
+    ]
+    say(f"\nnext: featdistill {' '.join(words)}")
     return exported

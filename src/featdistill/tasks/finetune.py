@@ -201,7 +201,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         image_size=config.view.image_size,
         seed=config.run.seed,
     )
-    folder = open_run(config.run.out, config, resume=config.run.resume)
+    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     say(
         f"model  {backbone.origin.spec}, {backbone.origin.weights}\n"
         f"data   {len(train):,} training images of {len(classes)} classes, "

@@ -67,7 +67,7 @@ def run(config: PretrainConfig) -> PretrainResult:
         seed=config.run.seed,
     )
     runtime.choose_attention(backbone)
-    folder = open_run(config.run.out, config, resume=config.run.resume)
+    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     say(
         f"model  {model.name}, {backbone.parameters_count / 1e6:.2f} M parameters, "
         f"{view.image_size} pixels\n"
@@ -138,4 +138,3 @@ def run(config: PretrainConfig) -> PretrainResult:
         f"--out {config.run.out.rstrip('/')}-distilled"
     )
     return PretrainResult(folder.path, exported.folder, result.step, result.seconds, result.last)
-

@@ -1,0 +1,139 @@
+"""A run's folder: claimed once, and continued only by the same run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featdistill.config.commands import FinetuneConfig
+from featdistill.config.resolve import resolve
+from featdistill.core.errors import RunError
+from featdistill.engine.rundir import check_out, flatten, open_run, read_metrics
+
+
+@pytest.fixture(autouse=True)
+def _own_log() -> Iterator[None]:
+    log = logging.getLogger("featdistill")
+    before = list(log.handlers), log.level
+    yield
+    for handler in log.handlers:
+        if handler not in before[0]:
+            handler.close()
+    log.handlers[:], log.level = before
+
+
+def config(folder: Path, **options: object) -> FinetuneConfig:
+    given = {"model": "m", "data": "digits", "out": str(folder), **options}
+    found = resolve("finetune", given)
+    assert isinstance(found, FinetuneConfig)
+    return found
+
+
+def test_a_new_run(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    run = open_run(str(out), config(out), resume=False)
+    assert run.path == out
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "environment.json", "log.txt"}
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"]["spec"] == "m"
+    logging.getLogger("featdistill").info("a line")
+    assert (out / "log.txt").read_text().endswith("a line\n")
+
+
+def test_checking_writes_nothing(tmp_path: Path) -> None:
+    check_out(str(tmp_path / "deep" / "run"), resume=False)
+    check_out(str(tmp_path), resume=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it(tmp_path: Path) -> None:
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(RunError, match=r"is not empty; give another --out"):
+        check_out(str(tmp_path), resume=False)
+
+
+def test_a_folder_with_a_run_in_it(tmp_path: Path) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    with pytest.raises(RunError, match=r"is not empty; continue that run with --resume"):
+        open_run(str(tmp_path), config(tmp_path), resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_file_as_output(tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"is a file; expected a folder"):
+        check_out(str(tmp_path / "file"), resume=resume)
+
+
+def test_a_folder_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="not a writable folder"):
+        check_out(str(tmp_path / "file" / "run"), resume=False)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(RunError, match="not a writable folder"):
+        check_out(str(tmp_path / "run"), resume=False)
+
+
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_nothing_to_resume(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunError, match="there is no run to resume in"):
+        check_out(str(tmp_path / name), resume=True)
+
+
+def test_resuming_with_the_same_configuration(tmp_path: Path) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    before = (tmp_path / "config.yaml").read_text()
+    open_run(str(tmp_path), config(tmp_path), resume=True)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_keys_that_change_no_weight_may_differ(tmp_path: Path) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    changed = {
+        "resume": True,
+        "out": f"{tmp_path}/../{tmp_path.name}",
+        "workers": 3,
+        "run.log_every": 1,
+        "run.checkpoint_every": 7,
+        "run.checkpoint_keep": 9,
+        "run.tensorboard": False,
+        "schedule.stop_at": 5,
+    }
+    open_run(str(tmp_path), config(tmp_path, **changed), resume=True)
+
+
+def test_another_configuration_is_refused_and_listed(tmp_path: Path) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    other = config(tmp_path, seed=3, **{"batch-size": 8, "run.log_every": 1, "drop-path": 0.2})
+    with pytest.raises(RunError) as caught:
+        open_run(str(tmp_path), other, resume=True)
+    message = str(caught.value)
+    for change in ("run.seed: 0 -> 3", "data.batch_size: 256 -> 8", "drop_path: 0.1 -> 0.2"):
+        assert change in message
+    assert "log_every" not in message
+    assert "resume with the same options" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe\x00"])
+def test_a_damaged_configuration(tmp_path: Path, content: bytes) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(RunError, match=str(tmp_path)):
+        open_run(str(tmp_path), config(tmp_path), resume=True)
+
+
+def test_flatten() -> None:
+    assert flatten({"a": {"b": 1, "c": [2]}, "d": None}) == {"a.b": 1, "a.c": [2], "d": None}
+
+
+def test_a_metrics_line_cut_off_by_a_crash(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(file) == []
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1}]

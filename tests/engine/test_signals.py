@@ -1,0 +1,42 @@
+"""The first signal asks, a second one acts."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from featdistill.engine.signals import stop_on_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_asks_and_handlers_come_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_on_signals() as request:
+        assert request.signal is None
+        signal.raise_signal(number)
+        assert request.signal == number
+        assert signal.getsignal(number) == before, "a second one acts as it always did"
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_is_one() -> None:
+    with stop_on_signals():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_another_thread_leaves_handlers_alone() -> None:
+    found: list[object] = []
+
+    def work() -> None:
+        with stop_on_signals():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before]
