@@ -14,7 +14,7 @@ from PIL import Image
 
 import featdistill
 from featdistill.core.errors import ConfigError, DataError, ModelError
-from featdistill.tasks.compare import verdict
+from featdistill.evaluation.paired import verdict
 from tests.tasks.conftest import SHAPE, TINY
 
 

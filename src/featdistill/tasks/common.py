@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from featdistill.config.sections import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from featdistill.core.errors import ConfigError
 from featdistill.data.loader import steps_per_epoch
-from featdistill.data.open import Data, open_data
+from featdistill.data.open import open_data
+from featdistill.data.parts import Data
 from featdistill.data.sources import Source
 from featdistill.data.views import View
 from featdistill.engine.loop import Plan

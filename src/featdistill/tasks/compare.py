@@ -18,13 +18,14 @@ from typing import Any
 from featdistill.config.commands import CompareConfig
 from featdistill.core.records import read_record, write_record
 from featdistill.data.loader import steps_per_epoch
-from featdistill.data.open import label_budget, split
 from featdistill.data.sources import Source
+from featdistill.data.splits import label_budget, split
 from featdistill.engine.loop import check_batch
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import scaled_rate
 from featdistill.engine.tracking import console, duration, say
+from featdistill.evaluation.paired import differences, verdict
 from featdistill.models.backbone import Backbone
 from featdistill.models.load import load_backbone
 from featdistill.models.students import build_fresh
@@ -116,7 +117,7 @@ def run(config: CompareConfig) -> CompareResult:
         },
         "recipe": _recipe(setting),
         "rows": done,
-        "differences": _differences(done),
+        "differences": differences(done),
         "verdict": verdict(done),
         "seconds": time.monotonic() - began,
     }
@@ -352,54 +353,3 @@ def _recipe(setting: _Setting) -> dict[str, Any]:
         "layer_decay": config.optimizer.layer_decay,
         "lr": setting.rate(1.0),
     }
-
-
-def _differences(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The student minus each other row, seed by seed."""
-    by_name = {row["name"]: row for row in rows}
-    found = []
-    for other in ("teacher", "scratch"):
-        if other not in by_name:
-            continue
-        pairs = zip(by_name["student"]["runs"], by_name[other]["runs"], strict=True)
-        each = [mine["top1"] - theirs["top1"] for mine, theirs in pairs]
-        found.append(
-            {
-                "of": "student",
-                "minus": other,
-                "per_seed": each,
-                "mean": statistics.fmean(each),
-                "std": statistics.stdev(each) if len(each) > 1 else None,
-                "n": len(each),
-            }
-        )
-    return found
-
-
-def verdict(rows: list[dict[str, Any]]) -> str:
-    """One honest sentence: better, worse, or not to be told apart.
-
-    A difference counts where every seed agrees on its sign and its mean is more than twice its
-    standard error; with so few seeds this is a rule of thumb, and the sentence says the numbers.
-    """
-    difference = _differences(rows)[0]
-    each, mean, n = difference["per_seed"], difference["mean"], difference["n"]
-    size = f"{abs(mean) * 100:.1f} points of top-1"
-    wins = sum(d > 0 for d in each)
-    count = f"better under {wins} of {n} seed{'s' if n > 1 else ''}"
-    if n == 1:
-        word = "above" if mean > 0 else "below" if mean < 0 else "level with"
-        return (
-            f"Under a single seed the distilled student is {size} {word} its teacher; more seeds "
-            "would tell."
-        )
-    error = difference["std"] / n**0.5
-    agree = wins == n or all(d < 0 for d in each)
-    if agree and abs(mean) > 2 * error:
-        word = "better" if mean > 0 else "worse"
-        return f"Fine-tuned, the distilled student is {word} than its teacher by {size} ({count})."
-    sign = "+" if mean >= 0 else "-"
-    return (
-        f"Fine-tuned, student and teacher cannot be told apart: {sign}{size} for the student "
-        f"({count}; standard error {error * 100:.1f})."
-    )

@@ -10,7 +10,7 @@ from pathlib import Path
 from featdistill.config.commands import DistillConfig
 from featdistill.core.records import write_record
 from featdistill.data.loader import plainly, training_batches
-from featdistill.data.open import Data
+from featdistill.data.parts import Data
 from featdistill.data.views import CropView
 from featdistill.engine.loop import check_batch, fit
 from featdistill.engine.optimizer import adamw, parameter_groups

@@ -13,8 +13,9 @@ from featdistill.config.commands import CompareConfig, FinetuneConfig
 from featdistill.config.sections import Pool
 from featdistill.core.errors import DataError
 from featdistill.core.records import write_record
-from featdistill.data.open import Data, label_budget
+from featdistill.data.parts import Data
 from featdistill.data.sources import Source, labelled
+from featdistill.data.splits import label_budget
 from featdistill.data.views import FinetuneView
 from featdistill.engine.loop import FitResult, check_batch, fit
 from featdistill.engine.optimizer import adamw, parameter_groups

@@ -16,7 +16,8 @@ from featdistill.core.errors import ModelError
 from featdistill.core.records import write_record
 from featdistill.data.index import EXTENSIONS
 from featdistill.data.loader import ordered_batches, plainly
-from featdistill.data.open import Data, open_data
+from featdistill.data.open import open_data
+from featdistill.data.parts import Data
 from featdistill.data.sources import FileSource, Source
 from featdistill.data.views import EvalView
 from featdistill.engine.rundir import check_out
