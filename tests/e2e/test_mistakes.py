@@ -46,9 +46,7 @@ def test_a_mistyped_folder_gets_a_suggestion(
     )
 
 
-def test_no_image_in_it(
-    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
-) -> None:
+def test_no_image_in_it(capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path) -> None:
     (tmp_path / "data/class").mkdir(parents=True)
     (tmp_path / "data/class/readme.md").write_text("no image")
     fails(capsys, "distill", *TEACHER, "--data", str(tmp_path / "data"), *out, says=("no image",))

@@ -48,7 +48,9 @@ class Line(nn.Module):
 
 
 def source(images: int = 12) -> ArraySource:
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (images, 3, 8, 8), np.uint8))
+    pixels = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 255, (images, 3, 8, 8), np.uint8)
+    )
     return ArraySource("made", pixels)
 
 
@@ -67,7 +69,9 @@ def plan(steps: int = 6, **options: object) -> Plan:
     return Plan(**{**base, **options})  # type: ignore[arg-type]
 
 
-def train(objective: Line, folder: Path, steps_plan: Plan, **options: object) -> list[dict[str, float]]:
+def train(
+    objective: Line, folder: Path, steps_plan: Plan, **options: object
+) -> list[dict[str, float]]:
     optimizer = adamw(parameter_groups([("", objective)], weight_decay=0.0), betas=(0.9, 0.999))
     runtime = Runtime(device="cpu")
     fit(objective, optimizer, steps_plan, runtime=runtime, folder=folder, **options)  # type: ignore[arg-type]

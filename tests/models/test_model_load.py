@@ -244,7 +244,7 @@ def test_hostile_pickle_is_refused_and_does_not_run(
         torch.save({"state_dict": Hostile(canary)}, path)
     else:
         path.write_bytes(pickle.dumps({"state_dict": Hostile(canary)}))
-    assert "cannot" in (line := complaint(VIT, weights=str(path))) or "safely" in line
+    assert "not a checkpoint that can be read safely" in complaint(VIT, weights=str(path))
     assert not canary.exists()
     # the canary does sing where code is run
     with open(path, "rb") as file:

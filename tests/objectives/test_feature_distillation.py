@@ -221,6 +221,21 @@ def test_teachers_drop_path_is_its_own() -> None:
     assert torch.equal(made.targets(quiet), made.targets(quiet))
 
 
+@torch.no_grad()
+def test_teacher_and_student_draw_apart() -> None:
+    taught, learner = (tiny("vit_tiny_patch16_224", drop_path=0.5) for _ in range(2))
+    made = objective(taught_by=taught, learner=learner, whitening="none")
+    data = batch(8)
+
+    def gap() -> float:
+        ours = made.student(data.images, stream=data.stream).map.flatten(2).transpose(1, 2)
+        return float((made.targets(data)[:, 1:] - ours).abs().max())
+
+    assert gap() < 1e-5  # the same weights
+    taught.slot.always = learner.slot.always = True
+    assert gap() > 1e-2
+
+
 def test_projector_is_a_pure_function_of_the_seed() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -267,6 +282,19 @@ def test_tokens_without_a_partner_are_left_out(taught_by: object, left_out: tupl
     kept = torch.cat([final[:, :1], final[:, 1 + len(left_out) :]], dim=1)
     torch.testing.assert_close(made.targets(data).double(), layernorm(kept), **CLOSE)
     assert made.predictions(data).shape == kept.shape
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: teacher(reg_tokens=1), "reg1"),
+        (lambda: tiny("deit_tiny_distilled_patch16_224"), "dist"),
+    ],
+)
+def test_only_cls_pairs_even_where_both_have_the_others(make: object, name: str) -> None:
+    got = pair(make(), make(), "auto")
+    assert got.prefix == ("cls",)
+    assert got.left_out == (f"teacher.{name}", f"student.{name}")
 
 
 def test_teacher_without_cls() -> None:

@@ -24,9 +24,7 @@ from tests.tasks.conftest import SHAPE, TINY
 def distill(teacher: Path, out: Path, **options: Any) -> Any:
     base: dict[str, Any] = {**TINY, "steps": 6}
     shape = {"name": "vit-t", **SHAPE, "drop_path": 0.3}
-    return featdistill.distill(
-        teacher=teacher, student=shape, out=out, **{**base, **options}
-    )
+    return featdistill.distill(teacher=teacher, student=shape, out=out, **{**base, **options})
 
 
 def state(out: Path) -> dict[str, torch.Tensor]:
@@ -44,7 +42,9 @@ def losses(out: Path) -> list[float]:
 def differing(one: Path, other: Path) -> list[str]:
     """Names of the tensors that two runs' newest checkpoints do not share bit for bit."""
     a, b = state(one), state(other)
-    return [k for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])]
+    return [
+        k for k in a.keys() | b.keys() if k not in a or k not in b or not torch.equal(a[k], b[k])
+    ]
 
 
 def test_run_folder_holds_what_the_contract_says(student: Path) -> None:
@@ -157,9 +157,7 @@ def test_alternatives_run(teacher: Path, tmp_path: Path, options: dict[str, Any]
     assert 0 < result.last["loss"] < 100
 
 
-def test_a_custom_factory_is_a_teacher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_custom_factory_is_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import torch\n\ndef net():\n    return torch.nn.Conv2d(3, 5, 4, stride=4)\n"
     (tmp_path / "my_teacher.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -119,7 +119,9 @@ def test_export_command_equals_the_run(student: Path, tmp_path: Path) -> None:
     assert "licen" in (tmp_path / "out/README.md").read_text() or True
 
 
-def test_check_says_when_data_are_too_few(teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_says_when_data_are_too_few(
+    teacher: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shape = {"name": "vit-t", **SHAPE}
     result = featdistill.check(teacher=teacher, student=shape, steps=10, **TINY)
     assert result.warning is not None

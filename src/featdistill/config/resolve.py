@@ -6,6 +6,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -27,7 +28,8 @@ class Leaf:
     Attributes:
         is_tuple: several values, repeated or separated by commas.
         is_bool: may be given without a value.
-        optional: `none` is a value.
+        optional: may have no value, for which `none` stands.
+        has_none: `none` is a value of its own (`--position none`).
         default: what holds if it is not given; `...` where it must be.
     """
 
@@ -38,6 +40,7 @@ class Leaf:
     is_bool: bool
     optional: bool
     default: Any
+    has_none: bool = False
 
 
 @cache
@@ -65,6 +68,10 @@ def _walk(schema: type[BaseModel], instance: BaseModel | None, prefix: str) -> I
             is_bool=bool in options,
             optional=type(None) in options,
             default=default,
+            has_none=any(
+                isinstance(o, type) and issubclass(o, Enum) and "none" in {m.value for m in o}
+                for o in options
+            ),
         )
 
 
@@ -120,7 +127,7 @@ def unknown_option(schema: type[Command], name: str) -> str:
 
 def parse_text(leaf: Leaf | None, text: str) -> Any:
     """What a command-line string stands for; its type is checked later, with all others'."""
-    if text.lower() == "none" and (leaf is None or leaf.optional):
+    if text.lower() == "none" and (leaf is None or (leaf.optional and not leaf.has_none)):
         return None
     if leaf is not None and leaf.is_tuple:
         return [part.strip() for part in text.split(",") if part.strip()]
@@ -149,6 +156,8 @@ class _Merged:
 
     def add_tree(self, tree: Mapping[str, Any], origin: str, prefix: str = "") -> None:
         """Add nested values; short names are understood at the top level."""
+        if not prefix:
+            _replace_length(self, tree, origin)
         for name, value in tree.items():
             path = f"{prefix}{name}"
             if isinstance(value, BaseModel):
@@ -200,11 +209,15 @@ def resolve(
         tree = _read_yaml(Path(config))
         tree.pop("command", None)
         merged.add_tree(tree, str(config))
-    _replace_length(merged, options)
     merged.add_tree(options, origin)
-    for name, info in schema.model_fields.items():  # so that what is missing is named, leaf by leaf
-        if info.is_required() and section_of(info.annotation):
+    for name, info in schema.model_fields.items():
+        if not section_of(info.annotation):
+            continue
+        if info.is_required():  # so that what is missing is named, leaf by leaf
             merged.values.setdefault(name, {})
+        elif isinstance(info.default, BaseModel) and isinstance(merged.values.get(name), dict):
+            # a command's own defaults of a section outlive a single value given for it
+            merged.values[name] = {**info.default.model_dump(), **merged.values[name]}
     try:
         value = schema.model_validate(merged.values)
     except ValidationError as error:
@@ -215,13 +228,15 @@ def resolve(
     return value
 
 
-def _replace_length(merged: _Merged, options: Mapping[str, Any]) -> None:
-    """`--steps` on the command line replaces a default or recipe's `epochs`, and the reverse."""
-    given = {path_of(merged.schema, name) for name in options}
+def _replace_length(merged: _Merged, tree: Mapping[str, Any], origin: str) -> None:
+    """`steps` in one source replaces the `epochs` of those before it, and the reverse."""
+    section = tree.get("schedule")
+    nested = [f"schedule.{name}" for name in section] if isinstance(section, Mapping) else []
+    given = {path_of(merged.schema, name) for name in (*tree, *nested)}
     for mine, other in (("steps", "epochs"), ("epochs", "steps")):
         alone = f"schedule.{mine}" in given and f"schedule.{other}" not in given
         if alone and f"schedule.{other}" in leaves(merged.schema):
-            merged.put(f"schedule.{other}", None, "options")
+            merged.put(f"schedule.{other}", None, origin)
 
 
 def _say(schema: type[Command], merged: _Merged, detail: ErrorDetails) -> str:

@@ -150,6 +150,12 @@ class DataConfig(Section):
         0.01, ge=0, le=1, description="share of unreadable images at which the run stops"
     )
 
+    @model_validator(mode="after")
+    def _one_validation(self) -> DataConfig:
+        if self.val is not None and self.val_fraction is not None:
+            raise ValueError("give either val-data or val-fraction, not both")
+        return self
+
 
 class ViewConfig(Section):
     """How an image becomes the one view that both models see."""

@@ -116,8 +116,10 @@ def read_record(path: Path, kind: str | None = None) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"no record at '{path}'", fix="finish the run that writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"'{path}' is not a JSON record ({error})") from None
+    if not isinstance(record, dict):
+        raise RunError(f"'{path}' is not a record, but a JSON {type(record).__name__}")
     if kind is not None and record.get("kind") != kind:
         raise RunError(f"'{path}' is a {record.get('kind')!r} record", expected=f"a {kind!r} one")
     return record

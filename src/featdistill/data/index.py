@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,15 +57,15 @@ class _Listing:
     modified: int
     files: list[str]
     folders: list[str]
+    above: frozenset[tuple[int, int]]
 
 
 def _scan(root: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     """All image files, and the modification time (ns) of every folder."""
     files: list[str] = []
     folders: dict[str, int] = {}
-    seen: set[tuple[int, int]] = set()
     with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
-        pending: set[Future[_Listing | None]] = {pool.submit(_list, root, "", seen)}
+        pending: set[Future[_Listing | None]] = {pool.submit(_list, root, "", frozenset())}
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
@@ -73,18 +74,18 @@ def _scan(root: Path) -> tuple[tuple[str, ...], dict[str, int]]:
                     continue
                 folders[listing.path] = listing.modified
                 files.extend(listing.files)
-                pending |= {pool.submit(_list, root, sub, seen) for sub in listing.folders}
+                pending |= {pool.submit(_list, root, sub, listing.above) for sub in listing.folders}
     return tuple(sorted(files)), folders
 
 
-def _list(root: Path, path: str, seen: set[tuple[int, int]]) -> _Listing | None:
+def _list(root: Path, path: str, above: frozenset[tuple[int, int]]) -> _Listing | None:
     where = root / path
     prefix = f"{path}/" if path else ""
     try:
         status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link back to a folder above
             return None
-        seen.add((status.st_dev, status.st_ino))
         files, folders = [], []
         with os.scandir(where) as entries:
             for entry in entries:
@@ -99,7 +100,7 @@ def _list(root: Path, path: str, seen: set[tuple[int, int]]) -> _Listing | None:
             f"cannot read the folder '{where}' ({error.strerror or error})",
             fix="make it readable, or leave it out",
         ) from None
-    return _Listing(path, status.st_mtime_ns, files, folders)
+    return _Listing(path, status.st_mtime_ns, files, folders, above | {here})
 
 
 def _read_cache(file: Path, root: Path) -> tuple[str, ...] | None:
@@ -127,4 +128,5 @@ def _write_cache(file: Path, root: Path, files: tuple[str, ...], folders: dict[s
         temporary.write_text(json.dumps(meta) + "\n" + "\n".join(files), encoding="utf-8")
         os.replace(temporary, file)
     except (OSError, UnicodeEncodeError):  # no cache is a slower next start, not a failure
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from featdistill.core.errors import DataError, did_you_mean
 from featdistill.data.index import EXTENSIONS, index_folder
-from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, some
+from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, numbered_as
 from featdistill.data.sources import FileSource, TorchvisionSource, digits
 from featdistill.data.splits import label_budget, split
 from featdistill.data.tables import (
@@ -31,6 +31,10 @@ _TORCHVISION = {
     "pets": "OxfordIIITPet",
     "svhn": "SVHN",
 }
+
+
+# where parquet files lie in a data set; to look below every folder would walk all images
+_TABLES = ("*.parquet", "data/*.parquet", *(f"{p}/*.parquet" for p in (*TRAIN, *VAL, *TEST)))
 
 
 def open_data(
@@ -57,7 +61,8 @@ def open_data(
     data = _open(path)
     if val is not None:
         other = _open(val)
-        data = replace(data, val=other.held_out or other.train)
+        held = other.train if other.held_out is None else other.held_out
+        data = replace(data, val=numbered_as(data.train, held))
     if val_fraction is not None:
         rest, held = split(data.train, val_fraction, seed)
         data = replace(data, train=rest, val=held)
@@ -111,7 +116,7 @@ def _folder(root: Path) -> Data:
         raise DataError(f"cannot read the folder '{root}' ({error.strerror})") from None
     if (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists():
         return open_saved_dataset(root)
-    tables = sorted(root.rglob("*.parquet"))
+    tables = sorted(t for pattern in _TABLES for t in root.glob(pattern))
     if tables:
         return open_parquet_folder(root, tables)
     parts = {name: e for e in entries if e.is_dir() for name in [e.name.lower()]}
@@ -119,16 +124,19 @@ def _folder(root: Path) -> Data:
     if train is not None:
         val, test = first(parts, VAL), first(parts, TEST)
         source = _image_folder(train)
-        return Data(
-            source,
-            val=None if val is None else _same_classes(_image_folder(val), source),
-            test=None if test is None else _same_classes(_image_folder(test), source),
+        held = (
+            None if part is None else numbered_as(source, _image_folder(part, source.classes))
+            for part in (val, test)
         )
+        return Data(source, *held)
     return Data(_image_folder(root))
 
 
-def _image_folder(root: Path) -> FileSource:
-    """Images below a folder; labelled by their first folder if all lie in one."""
+def _image_folder(root: Path, known: tuple[str, ...] | None = None) -> FileSource:
+    """Images below a folder; labelled by their first folder if all lie in one.
+
+    A single folder is a class only where it is `known` as one.
+    """
     index = index_folder(root)
     if not index.files:
         raise DataError(
@@ -136,26 +144,11 @@ def _image_folder(root: Path) -> FileSource:
         )
     tops = [name.partition("/")[0] if "/" in name else None for name in index.files]
     classes = sorted({top for top in tops if top is not None})
-    if None in tops or len(classes) < 2:
+    if None in tops or (len(classes) < 2 and classes[0] not in (known or ())):
         return FileSource(str(root), index.root, index.files)
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number[top] for top in tops if top is not None], dtype=np.int64)
     return FileSource(str(root), index.root, index.files, labels, tuple(classes))
-
-
-def _same_classes(source: FileSource, train: FileSource) -> FileSource:
-    """The source with its labels numbered as the training part numbers them."""
-    if source.classes is None or train.classes is None or source.labels is None:
-        return source
-    strangers = sorted(set(source.classes) - set(train.classes))
-    if strangers:
-        raise DataError(
-            f"'{source.name}' has classes that '{train.name}' lacks: {some(strangers)}",
-            expected="the same class folders in both",
-        )
-    number = {name: i for i, name in enumerate(train.classes)}
-    table = np.array([number[name] for name in source.classes], dtype=np.int64)
-    return replace(source, labels=table[source.labels], classes=train.classes)
 
 
 def _list_file(file: Path) -> FileSource:

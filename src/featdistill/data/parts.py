@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from featdistill.data.sources import Source
+import numpy as np
+
+from featdistill.core.errors import DataError
+from featdistill.data.sources import Relabelled, Source
 
 T = TypeVar("T")
 
@@ -45,3 +48,24 @@ def class_names(names: Iterable[str]) -> tuple[str, ...]:
     unique = set(names)
     numeric = all(name.lstrip("-").isdigit() for name in unique)
     return tuple(sorted(unique, key=int if numeric else str))
+
+
+def numbered_as(train: Source, source: Source) -> Source:
+    """The source with its labels numbered as the training part numbers them.
+
+    Raises:
+        DataError: it has classes that the training part lacks.
+    """
+    if source.classes is None or train.classes is None or source.labels is None:
+        return source
+    if source.classes == train.classes:
+        return source
+    strangers = sorted(set(source.classes) - set(train.classes))
+    if strangers:
+        raise DataError(
+            f"'{source.name}' has classes that '{train.name}' lacks: {some(strangers)}",
+            expected="the same classes in both",
+        )
+    number = {name: i for i, name in enumerate(train.classes)}
+    table = np.array([number[name] for name in source.classes], dtype=np.int64)
+    return Relabelled(source, table[source.labels], train.classes)

@@ -179,6 +179,28 @@ class Subset:
         return self.source.identify(int(self.chosen[index]))
 
 
+@dataclass(frozen=True)
+class Relabelled:
+    """A source under other numbers for its classes."""
+
+    source: Source
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(index)
+
+    def identify(self, index: int) -> str:
+        return self.source.identify(index)
+
+
 def digits() -> tuple[Source, Source]:
     """scikit-learn's 1797 handwritten digits, 8x8: the embedded data, train and test parts.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from featdistill.core.errors import DataError
-from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, some
+from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, numbered_as, some
 from featdistill.data.sources import ArrowSource
 
 _IMAGE_COLUMNS = ("image", "img", "images", "picture", "jpg", "png")
@@ -37,7 +37,12 @@ def open_parquet_folder(root: Path, tables: list[Path]) -> Data:
     if "train" not in groups:
         raise DataError(f"no training part in '{root}'", expected="a file like train.parquet")
     opened = {part: read_parquet(files, f"{root}/{part}") for part, files in groups.items()}
-    return Data(opened["train"], opened.get("val"), opened.get("test"))
+    return _data(opened["train"], opened.get("val"), opened.get("test"))
+
+
+def _data(train: ArrowSource, val: ArrowSource | None, test: ArrowSource | None) -> Data:
+    held = (None if part is None else numbered_as(train, part) for part in (val, test))
+    return Data(train, *held)
 
 
 def read_parquet(files: list[Path], name: str) -> ArrowSource:
@@ -59,12 +64,21 @@ def read_parquet(files: list[Path], name: str) -> ArrowSource:
 
 
 def _arrow(table: Any, name: str, root: Path | None = None) -> ArrowSource:
+    import pyarrow
+
     columns = table.column_names
     image = next((c for c in _IMAGE_COLUMNS if c in columns), None)
     if image is None:
         raise DataError(
             f"'{name}' has no image column; its columns are {some(columns)}",
             expected=f"one called {', '.join(_IMAGE_COLUMNS)}",
+        )
+    kind = table.schema.field(image).type
+    known = (pyarrow.types.is_struct, pyarrow.types.is_binary, pyarrow.types.is_large_binary)
+    if not any(check(kind) for check in known):
+        raise DataError(
+            f"column '{image}' of '{name}' holds {kind}",
+            expected="the bytes of image files, or {bytes, path}",
         )
     if table.num_rows == 0:
         raise DataError(f"no image in '{name}'")
@@ -105,7 +119,7 @@ def _dataset_parts(loaded: Any, name: str) -> Data:
     if train is None:
         train = next(iter(parts.values()))
     val, test = first(parts, VAL), first(parts, TEST)
-    return Data(
+    return _data(
         _from_dataset(train, f"{name}/train"),
         None if val is None else _from_dataset(val, f"{name}/val"),
         None if test is None else _from_dataset(test, f"{name}/test"),

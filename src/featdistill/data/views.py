@@ -58,9 +58,9 @@ def random_box(
     aspect = width / height
     w, h = width, height
     if aspect < ratio[0]:
-        h = round(w / ratio[0])
+        h = max(1, round(w / ratio[0]))
     elif aspect > ratio[1]:
-        w = round(h * ratio[1])
+        w = max(1, round(h * ratio[1]))
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 

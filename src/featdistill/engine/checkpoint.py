@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -84,10 +85,11 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
             _sync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
             raise RunError(
-                f"cannot write the checkpoint '{final}' ({error.strerror or error})",
+                f"cannot write the checkpoint '{final}' ({reason})",
                 fix="make room or choose another --out; earlier checkpoints are intact",
             ) from None
         for old in self.steps()[: -self.keep]:
@@ -98,8 +100,9 @@ class Checkpoints:
         """Steps of which there is a checkpoint, oldest first."""
         if not self.folder.is_dir():
             return []
-        names = (p.name for p in self.folder.iterdir() if p.name.startswith("step-"))
-        return sorted(int(n.removeprefix("step-")) for n in names)
+        names = (p.name for p in self.folder.iterdir())
+        numbers = (n.removeprefix("step-") for n in names if n.startswith("step-"))
+        return sorted(int(n) for n in numbers if n.isdecimal())
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there never was one.
@@ -130,13 +133,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise RunError(f"checkpoint '{path}' has format {manifest['format']}, not {FORMAT}")
+        if path.name != f"step-{manifest['step']:08d}":
+            raise RunError(f"checkpoint '{path}' says that it is of step {manifest['step']}")
         files = {}
         for name, checksum in manifest["sha256"].items():
             if file_hash(path / name) != checksum:
                 raise RunError(f"checkpoint file '{path / name}' is damaged (checksum differs)")
             files[name.removesuffix(".safetensors")] = load_file(path / name)
         return Checkpoint(path, int(manifest["step"]), files, manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint '{path}' is damaged ({error})") from None
 
 

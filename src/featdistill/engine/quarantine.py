@@ -23,15 +23,17 @@ class Quarantine:
         self.file, self.images, self.limit = file, images, limit
         self._known: set[int] = set()
         if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            self._known = {json.loads(line)["index"] for line in lines if line.endswith("}")}
+            whole = file.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line off
+            file.write_bytes(whole)
+            self._known = {json.loads(line)["index"] for line in whole.splitlines()}
 
     def __len__(self) -> int:
         return len(self._known)
 
     def add(self, replaced: Iterable[Replaced]) -> None:
         """Note images; raises DataError once their share passes the limit."""
-        new = [r for r in replaced if r.index not in self._known]
+        new = list({r.index: r for r in replaced if r.index not in self._known}.values())
         if not new:
             return
         with open(self.file, "a", encoding="utf-8") as out:

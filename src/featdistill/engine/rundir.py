@@ -109,7 +109,7 @@ def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -
 def _check_same(path: Path, values: dict[str, Any]) -> None:
     try:
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"cannot read '{path}/config.yaml' ({error})") from None
     old, new = flatten(before), flatten(values)
     differ = [
