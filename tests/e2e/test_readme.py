@@ -68,7 +68,7 @@ def substituted(line: str) -> list[str]:
     if "--steps" in extra and "--epochs" in words:
         at = words.index("--epochs")
         del words[at : at + 2]
-    return [words[0], *[w for w in words[1:]], *extra]
+    return [words[0], *words[1:], *extra]
 
 
 def test_the_readme_names_the_two_make_commands() -> None:

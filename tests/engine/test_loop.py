@@ -82,7 +82,7 @@ def test_every_image_once_an_epoch_and_a_row_a_step(tmp_path: Path) -> None:
     objective = Line()
     rows = train(objective, tmp_path, plan())
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert sorted(sum(objective.seen[:3], [])) == list(range(12))
+    assert sorted(i for step in objective.seen[:3] for i in step) == list(range(12))
     assert objective.seen[:3] != objective.seen[3:]
     assert objective.ended == 6
     assert all(row["twice"] == pytest.approx(2 * row["loss"]) for row in rows)

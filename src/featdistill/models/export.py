@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from featdistill.core.errors import ModelError, RunError
 from featdistill.core.records import write_json
@@ -27,7 +28,8 @@ class Exported:
 
     Attributes:
         folder: where it is.
-        difference: largest difference of the re-loaded model's output from the model's own.
+        difference: largest difference of the re-loaded model's output from the model's own, over
+            the largest output.
         notes: what plain timm would drop or leave fresh, one line each.
     """
 
@@ -118,7 +120,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
 
 @torch.no_grad()
 def _compare(backbone: Backbone, folder: Path) -> float:
-    """Largest output difference of what timm loads from the folder."""
+    """Largest output difference of what timm loads from the folder, over the largest output."""
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     was_training = backbone.training
     device = backbone.mean.device
@@ -126,17 +128,21 @@ def _compare(backbone: Backbone, folder: Path) -> float:
     images = torch.rand(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0))
     x = (images - backbone.mean) / backbone.std
     ours, theirs = backbone.model.forward_features(x), loaded.forward_features(x)
-    difference = float((ours - theirs).abs().max())
+    difference = _relative(ours, theirs)
     if backbone.num_classes:
         ours, theirs = backbone.model.forward_head(ours), loaded.forward_head(theirs)
-        difference = max(difference, float((ours - theirs).abs().max()))
+        difference = max(difference, _relative(ours, theirs))
     backbone.train(was_training).to(device)
     if not difference <= _TOLERANCE:
         raise ModelError(
-            f"the export is not exact: timm's output differs by {difference:.2g}",
+            f"the export is not exact: timm's output differs by {difference:.2g} of the largest",
             expected=f"at most {_TOLERANCE}",
         )
     return difference
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12))
 
 
 def adaptation_notes(backbone: Backbone) -> list[str]:
