@@ -49,6 +49,7 @@ def score(
         share: this process among all; each scores its part.
         gather: concatenation over processes.
     """
+    training = classifier.training
     classifier.eval()
     device = classifier.mean.device
     view = EvalView(classifier.image_size[0], crop)
@@ -64,6 +65,7 @@ def score(
         in_five = (best == batch.labels[:, None]).any(1).double()
         exact = torch.stack([batch.indices.double(), batch.labels.double(), best[:, 0].double()])
         rows.append(torch.cat([exact, in_five[None], loss[None]]).T)
+    classifier.train(training)
     table = gather(torch.cat(rows) if rows else torch.empty(0, 5, dtype=torch.float64))
     table = table[table[:, 0].argsort()]
     labels, predictions = table[:, 1].long(), table[:, 2].long()

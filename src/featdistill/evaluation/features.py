@@ -40,7 +40,8 @@ def extract(
     crop: float = 0.875,
     workers: int | None = None,
 ) -> Tensor:
-    """Pooled features of all images, (n, C) float32 on the CPU; the backbone in evaluation mode."""
+    """Pooled features of all images, (n, C) float32 on the CPU; the backbone is left as it was."""
+    training = backbone.training
     backbone.eval()
     device = backbone.mean.device
     view = EvalView(backbone.image_size[0], crop)
@@ -48,4 +49,5 @@ def extract(
     for batch in plainly(ordered_batches(source, view, batch_size=batch_size, workers=workers)):
         features = backbone(batch.to(device).as_float().images)
         rows.append(pool(features, how).float().cpu())
+    backbone.train(training)
     return torch.cat(rows)

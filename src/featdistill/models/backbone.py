@@ -13,7 +13,7 @@ from featdistill.core.errors import ModelError
 from featdistill.core.seeds import SampleStream
 from featdistill.core.types import Features, LayerFeatures
 from featdistill.models.droppath import DropPathSlot, key_drop_path
-from featdistill.models.layout import grid_of, layout_of, measure
+from featdistill.models.layout import Layout, grid_of, layout_of
 
 Rgb = tuple[float, float, float]
 IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
@@ -76,6 +76,7 @@ class Backbone(nn.Module):
         class_names: tuple[str, ...] | None = None,
         fixed_size: bool = True,
         always_drop_path: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -86,18 +87,25 @@ class Backbone(nn.Module):
         # not persistent: a checkpoint holds weights, and these are stated beside them
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        blank = measure(model, image_size)
-        self.layout = layout_of(model)
-        map_, prefix = self.layout.split(blank, grid_of(model, *image_size))
-        self.width = map_.shape[1]
-        self.grid = (map_.shape[2], map_.shape[3])
-        self.num_prefix = prefix.shape[1]
+        self.layout = layout or layout_of(model)
+        seen = self._probe()
+        self.width = seen.map.shape[1]
+        self.grid = (seen.map.shape[2], seen.map.shape[3])
+        self.prefix_names = seen.prefix_names
+        self.num_prefix = len(seen.prefix_names)
         self.patch = round(image_size[0] / self.grid[0])
 
-    @property
-    def prefix_names(self) -> tuple[str, ...]:
-        """Names of the prefix tokens: `cls`, `dist`, `reg1`, ..."""
-        return self.layout.prefix_names
+    @torch.no_grad()
+    def _probe(self) -> Features:
+        """Features of one black image, to learn shapes from."""
+        training = self.training
+        self.eval()
+        weight = next(self.model.parameters(), self.mean)
+        blank = torch.zeros(1, 3, *self.image_size, device=weight.device, dtype=weight.dtype)
+        try:
+            return self(blank)
+        finally:
+            self.train(training)
 
     @property
     def num_classes(self) -> int:
@@ -155,16 +163,24 @@ class Backbone(nn.Module):
         self.slot.fill(stream, images.device, slot_name)
         x = (images - self.mean) / self.std
         grid = grid_of(self.model, height, width)
+        intermediates: dict[int, LayerFeatures] = {}
         if layers:
             final, intermediates = self._with_layers(x, layers)
         else:
-            final, intermediates = self.model.forward_features(x), {}
+            final = self.model.forward_features(x)
+        if isinstance(final, Features):  # a user's module that knows better
+            return final
+        if not isinstance(final, Tensor):
+            raise ModelError(
+                f"'{self.origin.spec}' returned a {type(final).__name__}",
+                expected="a map (B, C, h, w), tokens (B, N, C) or Features",
+            )
         map_, prefix = self.layout.split(final, grid)
         pooled = self.model.forward_head(final, pre_logits=True)
         logits = self.model.forward_head(final) if self.num_classes else None
         if isinstance(logits, tuple):  # distilled DeiT in training mode
             logits = torch.stack(logits).mean(0)
-        return Features(map_, prefix, self.prefix_names, pooled, logits, intermediates)
+        return Features(map_, prefix, self.layout.prefix_names, pooled, logits, intermediates)
 
     def _with_layers(
         self, x: Tensor, layers: Sequence[int]
@@ -219,19 +235,8 @@ class _Adapter(nn.Module):
         self.cls_token = True if self.num_prefix_tokens else None
         self.num_classes = 0
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        out = self.module(x)
-        if isinstance(out, Features):
-            if not out.prefix.shape[1]:
-                return out.map
-            self.num_prefix_tokens = out.prefix.shape[1]
-            return torch.cat([out.prefix, out.map.flatten(2).transpose(1, 2)], dim=1)
-        if not isinstance(out, Tensor):
-            raise ModelError(
-                f"the module returned a {type(out).__name__}",
-                expected="a map (B, C, h, w), tokens (B, N, C) or Features",
-            )
-        return out
+    def forward_features(self, x: Tensor) -> Any:
+        return self.module(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         assert pre_logits

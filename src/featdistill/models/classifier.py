@@ -6,6 +6,7 @@ like any other. Other architectures get a generic head.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from featdistill.core.errors import ModelError
 from featdistill.core.seeds import seeded_globals
 from featdistill.models.backbone import Backbone, TimmBuild
-from featdistill.models.timm_models import create
+from featdistill.models.layout import layout_of
+from featdistill.models.timm_models import create, drop_path_argument
 from featdistill.models.transfer import SHARED_TABLE, layer_table
 from featdistill.models.weights import load_exactly
 
@@ -63,7 +65,7 @@ def build_classifier(
     plain = isinstance(model, (*_VITS, *_MAPS)) and not hasattr(model, "dist_token")
     with seeded_globals("head", seed):
         if backbone.build is None or not plain:
-            return _headed(backbone, class_names, pool)
+            return _headed(backbone, class_names, pool, drop_path)
         new, build = _rebuild(backbone, len(class_names), pool, drop_path)
     mean, std = backbone.rgb
     return Backbone(
@@ -124,18 +126,16 @@ def _shrink_head(model: Any) -> None:
 class _Headed(nn.Module):
     """Any module with timm's feature interface, under a norm and a linear layer of its own."""
 
-    def __init__(self, backbone: Backbone, classes: int, pool: PoolName) -> None:
+    def __init__(self, body: Backbone, classes: int, pool: PoolName) -> None:
         super().__init__()
-        self.body = backbone.model
-        self.pool, self.grid = pool, backbone.grid
-        self.num_prefix_tokens = backbone.num_prefix
-        for name in ("cls_token", "dist_token", "feature_info", "output_fmt", "patch_embed"):
-            if hasattr(backbone.model, name):
-                object.__setattr__(self, name, getattr(backbone.model, name))
-        self._layout = backbone.layout
+        self.body = body.model
+        self.pool = pool
+        self._layout = body.layout
+        self._grid = body.grid
         self.num_classes = classes
-        self.out_norm = nn.LayerNorm(backbone.width, eps=1e-6)
-        self.out = nn.Linear(backbone.width, classes)
+        self.feature_info = getattr(body.model, "feature_info", None)
+        self.out_norm = nn.LayerNorm(body.width, eps=1e-6)
+        self.out = nn.Linear(body.width, classes)
 
     def get_classifier(self) -> nn.Linear:
         return self.out
@@ -143,17 +143,31 @@ class _Headed(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         return self.body.forward_features(x)
 
+    def forward_intermediates(self, x: Tensor, **options: Any) -> Any:
+        return self.body.forward_intermediates(x, **options)
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        map_, prefix = self._layout.split(x, None)
+        map_, prefix = self._layout.split(x, self._grid)
         pooled = prefix[:, 0] if self.pool == "cls" else map_.mean((2, 3))
         pooled = self.out_norm(pooled)
         return pooled if pre_logits else self.out(pooled)
 
 
-def _headed(backbone: Backbone, class_names: tuple[str, ...], pool: PoolName) -> Backbone:
-    import copy
-
-    model = _Headed(copy.deepcopy(backbone), len(class_names), pool)
+def _headed(
+    backbone: Backbone, class_names: tuple[str, ...], pool: PoolName, drop_path: float
+) -> Backbone:
+    body = copy.deepcopy(backbone)
+    build = backbone.build
+    if drop_path and build is None:
+        raise ModelError(
+            f"'{backbone.origin.spec}' has no drop path of timm's", fix="give --drop-path 0"
+        )
+    if build is not None:
+        rate = drop_path_argument(build.architecture, drop_path)
+        body.model = create(build.architecture, **build.arguments, **rate)
+        body.model.load_state_dict(backbone.model.state_dict())
+        body.layout = layout_of(body.model)
+    model = _Headed(body, len(class_names), pool)
     _shrink_head(model)
     mean, std = backbone.rgb
     return Backbone(
@@ -164,4 +178,5 @@ def _headed(backbone: Backbone, class_names: tuple[str, ...], pool: PoolName) ->
         origin=backbone.origin,
         class_names=class_names,
         fixed_size=backbone.fixed_size,
+        layout=body.layout,
     )

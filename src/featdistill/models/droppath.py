@@ -20,11 +20,14 @@ class DropPathSlot:
 
     Attributes:
         always: drop in evaluation mode too (for a teacher that is to be perturbed).
+        layers: how many share it.
+        rate: the highest among them, which timm calls the model's.
     """
 
     def __init__(self, *, always: bool = False) -> None:
         self.always = always
         self.layers = 0
+        self.rate = 0.0
         self._draws: Tensor | None = None
 
     def fill(self, stream: SampleStream | None, device: torch.device, name: str) -> None:
@@ -56,6 +59,7 @@ class KeyedDropPath(nn.Module):
         super().__init__()
         self.rate, self.slot, self.layer = rate, slot, slot.layers
         slot.layers += 1
+        slot.rate = max(slot.rate, rate)
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training or self.slot.always):
@@ -68,13 +72,10 @@ class KeyedDropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-def key_drop_path(model: nn.Module, slot: DropPathSlot) -> int:
-    """Put `KeyedDropPath` in the place of each of timm's `DropPath` layers; how many there were."""
-    found = 0
+def key_drop_path(model: nn.Module, slot: DropPathSlot) -> None:
+    """Give a model's drop-path layers, timm's own or keyed before, to a slot."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, DropPath):
-                rate: Any = child.drop_prob
+            if isinstance(child, DropPath | KeyedDropPath):
+                rate: Any = child.rate if isinstance(child, KeyedDropPath) else child.drop_prob
                 setattr(module, name, KeyedDropPath(float(rate), slot) if rate else nn.Identity())
-                found += 1
-    return found

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from timm.layers import NormMlpClassifierHead
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -104,16 +102,3 @@ def grid_of(model: nn.Module, height: int, width: int) -> tuple[int, int] | None
         if dynamic is not None:
             return tuple(dynamic((height, width)))
     return None
-
-
-@torch.no_grad()
-def measure(model: Any, size: tuple[int, int]) -> Tensor:
-    """`forward_features` of one black image, to learn shapes from."""
-    training = model.training
-    model.eval()
-    reference = next(model.parameters())
-    blank = torch.zeros(1, 3, *size, device=reference.device, dtype=reference.dtype)
-    try:
-        return model.forward_features(blank)
-    finally:
-        model.train(training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from featdistill.models.backbone import (
     TimmBuild,
 )
 from featdistill.models.students import SIZES
-from featdistill.models.timm_models import accepts, check_name, create
+from featdistill.models.timm_models import accepts, check_name, create, drop_path_argument
 from featdistill.models.weights import file_hash, load_exactly, read_json, read_tensors
 
 _FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -62,7 +63,7 @@ def load_backbone(
     drop = Drop(drop_path, always_drop_path)
     if spec.startswith("timm/"):
         return _timm(spec, weights, image_size, seed, drop).eval()
-    if weights not in ("hub", "random") or (weights == "random" and not spec.startswith("hf-hub:")):
+    if weights != "hub":
         raise ModelError(
             f"weights '{weights}' were given for '{spec}', which has its own",
             fix="give them with a timm/NAME, or leave them out",
@@ -113,7 +114,12 @@ def _timm(spec: str, weights: str, image_size: int | None, seed: int, drop: Drop
     elif image_size is not None and accepts(name, "img_size"):
         arguments["img_size"] = image_size
     with seeded_globals("model", seed):
-        model = create(name, pretrained=weights == "hub", **arguments, **_rate(architecture, drop))
+        model = create(
+            name,
+            pretrained=weights == "hub",
+            **arguments,
+            **drop_path_argument(architecture, drop.rate),
+        )
     described = {"hub": f"timm hub: {name}", "random": f"random (seed {seed})"}.get(weights)
     if tensors is not None:
         file = Path(weights).expanduser()
@@ -125,15 +131,6 @@ def _timm(spec: str, weights: str, image_size: int | None, seed: int, drop: Drop
     build = TimmBuild(architecture, arguments)
     backbone = _wrap(model, config, build, origin, arguments.get("img_size"), drop.always)
     return backbone if image_size is None else resize(backbone, image_size)
-
-
-def _rate(architecture: str, drop: Drop) -> dict[str, Any]:
-    """Said explicitly even at 0: some of timm's families drop 0.1 by default."""
-    if accepts(architecture, "drop_path_rate"):
-        return {"drop_path_rate": drop.rate}
-    if drop.rate:
-        raise ModelError(f"timm's '{architecture}' has no drop path", fix="leave the rate out")
-    return {}
 
 
 def _wrap(
@@ -155,6 +152,8 @@ def _wrap(
     if isinstance(getattr(model, "global_pool", None), str):
         arguments.setdefault("global_pool", model.global_pool)
     size = (image_size, image_size) if image_size is not None else (height, width)
+    if accepts(build.architecture, "img_size"):
+        _check_divides(model, size[0], origin)
     return Backbone(
         model,
         mean=tuple(config.get("mean") or IMAGENET_MEAN),
@@ -169,29 +168,27 @@ def _wrap(
 
 
 def resize(backbone: Backbone, image_size: int) -> Backbone:
-    """The backbone at another image size, positions and windows carried over (by timm)."""
+    """The backbone at another image size.
+
+    A model that is made for one size is built again for the other, and its position tensors are
+    carried over by timm, as `timm.create_model(..., img_size=...)` would do it.
+    """
     if backbone.image_size == (image_size, image_size):
         return backbone
-    model = backbone.model
+    model, build = backbone.model, backbone.build
     if backbone.fixed_size:
-        if not hasattr(model, "set_input_size"):
-            raise ModelError(
-                f"'{backbone.origin.spec}' cannot be carried from {backbone.image_size[0]} to "
-                f"{image_size} pixels",
-                fix="leave the image size out",
-            )
-        try:
-            model.set_input_size(img_size=(image_size, image_size))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ModelError(
-                f"'{backbone.origin.spec}' cannot see {image_size} pixels "
-                f"({' '.join(str(error).split())[:120]})",
-                expected=f"a multiple of its patch of {backbone.patch}",
-            ) from None
-    assert backbone.build is not None or not backbone.fixed_size
-    build = backbone.build
-    if build is not None and backbone.fixed_size:
+        assert build is not None
         build = TimmBuild(build.architecture, {**build.arguments, "img_size": image_size})
+        _check_divides(model, image_size, backbone.origin)
+        rate = drop_path_argument(build.architecture, backbone.slot.rate)
+        model = create(build.architecture, **build.arguments, **rate)
+        carry = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        tensors = backbone.model.state_dict()
+        load_exactly(
+            model,
+            tensors if carry is None else carry(dict(tensors), model),
+            what=backbone.origin.spec,
+        )
     mean, std = backbone.rgb
     return Backbone(
         model,
@@ -204,6 +201,17 @@ def resize(backbone: Backbone, image_size: int) -> Backbone:
         fixed_size=backbone.fixed_size,
         always_drop_path=backbone.slot.always,
     )
+
+
+def _check_divides(model: Any, image_size: int, origin: Origin) -> None:
+    """Raise ModelError if an image is no whole number of patches; timm would crop it in silence."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple | list) else patch
+    if side and image_size % side:
+        raise ModelError(
+            f"'{origin.spec}' cannot see {image_size} pixels",
+            expected=f"a multiple of its patch of {side}",
+        )
 
 
 def _hub(spec: str, image_size: int | None, drop: Drop) -> Backbone:
@@ -259,7 +267,7 @@ def load_folder(
         raise ModelError(f"'{export}/config.json' says no input_size", expected="timm's layout")
     arguments = dict(config.get("model_args") or {})
     arguments.setdefault("num_classes", config.get("num_classes", 0))
-    model = create(architecture, **arguments, **_rate(architecture, drop))
+    model = create(architecture, **arguments, **drop_path_argument(architecture, drop.rate))
     file = next(
         (export / n for n in ("model.safetensors", "pytorch_model.bin") if (export / n).is_file()),
         None,
@@ -268,7 +276,8 @@ def load_folder(
         raise ModelError(f"no weights in '{export}'", expected="model.safetensors")
     load_exactly(model, read_tensors(file), what=str(file))
     names = pretrained.get("label_names") or config.get("label_names")
-    origin = Origin(str(folder), f"{file} (sha256 {file_hash(file)})", pretrained.get("license"))
+    weights = f"{file.name} (sha256 {file_hash(file)})"
+    origin = Origin(str(folder), weights, pretrained.get("license"))
     backbone = _wrap(
         model,
         pretrained,

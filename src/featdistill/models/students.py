@@ -26,7 +26,7 @@ from featdistill.models.backbone import (
     Rgb,
     TimmBuild,
 )
-from featdistill.models.timm_models import accepts, check_name, create
+from featdistill.models.timm_models import accepts, check_name, create, drop_path_argument
 
 PositionName = Literal["shared-rpb", "rpb", "ape", "none"]
 Style = Literal["beit", "plain"]
@@ -122,9 +122,7 @@ def build_fresh(
     image_size: int | None = None,
 ) -> Backbone:
     """A model with random weights, a pure function of the seed."""
-    rate: dict[str, Any] = (
-        {"drop_path_rate": drop_path} if accepts(build.architecture, "drop_path_rate") else {}
-    )
+    rate = drop_path_argument(build.architecture, drop_path)
     with seeded_globals("model", seed):
         model = create(build.architecture, **rate, **build.arguments)
         initialise(model, init_std)

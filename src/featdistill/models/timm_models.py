@@ -45,6 +45,19 @@ def accepts(name: str, argument: str) -> bool:
     return any(argument in inspect.signature(k.__init__).parameters for k in parents)
 
 
+def drop_path_argument(name: str, rate: float) -> dict[str, Any]:
+    """timm's argument for a drop-path rate, said even at 0: some families drop 0.1 by default.
+
+    Raises:
+        ModelError: a rate for a model that has no drop path.
+    """
+    if accepts(name, "drop_path_rate"):
+        return {"drop_path_rate": rate}
+    if rate:
+        raise ModelError(f"timm's '{name}' has no drop path", fix="give --drop-path 0")
+    return {}
+
+
 def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
     """`timm.create_model` whose failures say what to do.
 

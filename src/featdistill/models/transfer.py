@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.beit import Beit
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
@@ -43,12 +45,14 @@ def continue_from(student: Backbone, source: Backbone) -> list[str]:
             f"'{source.origin.spec}'",
             fix="use --student-init random, or a student of the teacher's family",
         )
+    _same_mathematics(new, old, source.origin.spec)
+    wanted = new.state_dict()
     if isinstance(new, Beit):
         _positions(new, state, notes)
-        if "fc_norm.weight" in state:  # a Beit that pools by the mean keeps its norm there
+        here, there = ("norm", "fc_norm") if "norm.weight" in wanted else ("fc_norm", "norm")
+        if f"{here}.weight" not in state:  # a Beit that pools by the mean keeps its norm in fc_norm
             for part in ("weight", "bias"):
-                state[f"norm.{part}"] = state.pop(f"fc_norm.{part}")
-    wanted = new.state_dict()
+                state[f"{here}.{part}"] = state.pop(f"{there}.{part}")
     left = sorted(k for k in state if k not in wanted and k.startswith(_HEADS))
     if left:
         notes.append(f"left out: {', '.join(left)} (the head)")
@@ -112,3 +116,34 @@ def _positions(new: Beit, state: dict[str, Tensor], notes: list[str]) -> None:
         del state[name]
     if "pos_embed" in dropped:
         notes.append("absolute position embedding left out (the student has none)")
+    if any(name in tables for name in dropped):
+        notes.append("relative position bias left out (the student has no place for it)")
+
+
+def _same_mathematics(new: Any, old: Any, spec: str) -> None:
+    """Raise ModelError where equal shapes would hide other heads, activations, norms or windows."""
+    mine, theirs = _mathematics(new), _mathematics(old)
+    differ = [name for name in mine if mine[name] != theirs.get(name)]
+    if differ:
+        said = "; ".join(f"{n}: {theirs.get(n)} instead of {mine[n]}" for n in differ)
+        raise ModelError(
+            f"the student cannot start from '{spec}', whose {', '.join(differ)} differ ({said})",
+            fix="use --student-init random, or give the student the same",
+        )
+
+
+def _mathematics(model: Any) -> dict[str, Any]:
+    """What a block computes beyond its tensors' shapes, over all blocks."""
+    found: dict[str, set[Any]] = {}
+    for module in model.modules():
+        if hasattr(module, "attn") and hasattr(module, "mlp"):
+            act = getattr(module.mlp, "act", None)
+            act = type(act).__name__ if isinstance(act, nn.Module) else None
+            for name, value in (
+                ("heads", module.attn.num_heads),
+                ("activation", act),
+                ("norm's epsilon", getattr(module.norm1, "eps", None)),
+                ("window", getattr(module, "window_size", None)),
+            ):
+                found.setdefault(name, set()).add(value)
+    return found

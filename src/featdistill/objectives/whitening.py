@@ -87,10 +87,14 @@ class Standardize(Statistics):
         self._follow(reduce(self.pending), self.momentum)
 
     def _follow(self, seen: Tensor, momentum: float) -> None:
-        mean = seen[1] / seen[0]
-        var = (seen[2] / seen[0] - mean.square()).clamp_min(0)
-        self.mean.lerp_(mean.to(self.mean.dtype), momentum)
-        self.var.lerp_(var.to(self.var.dtype), momentum)
+        count = seen[0].clamp_min(1)
+        mean = seen[1] / count
+        var = (seen[2] / count - mean.square()).clamp_min(0)
+        weight = (momentum * (seen[0] > 0)).to(
+            self.mean.dtype
+        )  # where nothing was seen, nothing moves
+        self.mean.lerp_(mean.to(self.mean.dtype), weight)
+        self.var.lerp_(var.to(self.var.dtype), weight)
         self.pending.zero_()
 
     @torch.no_grad()
