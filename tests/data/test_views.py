@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator
 from featdistill.data.views import (
     ContrastiveView,
@@ -252,3 +253,21 @@ def test_eval_of_a_ramp_is_the_ramp_of_the_middle() -> None:
 def test_eval_does_not_look_at_the_address(image: Tensor, share: float) -> None:
     view = EvalView(24, share)
     assert torch.equal(view(image, (0, 0, 0))[0], view(image, (5, 6, 7))[0])
+
+
+def test_strong_randaugment_never_breaks_an_image() -> None:
+    """Among its draws are posterisations to 0 bits, which Pillow refuses since version 13."""
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 12, 12), np.uint8))
+    view = FinetuneView(
+        size=12, scale=(0.5, 1), ratio=(1, 1), flip=True, mean=(0.5, 0.5, 0.5),
+        randaugment="rand-m10-mstd0.5-inc1",
+    )  # fmt: skip
+    for index in range(400):
+        assert view(image, (0, 0, index))[0].shape == (3, 12, 12)
+
+
+def test_randaugment_that_is_none() -> None:
+    with pytest.raises(DataError, match="rand-m9"):
+        FinetuneView(
+            size=8, scale=(0.5, 1), ratio=(1, 1), flip=True, mean=(0, 0, 0), randaugment="strong"
+        )

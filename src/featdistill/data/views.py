@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator, seeded_globals
 from featdistill.data.decode import from_pil
 
@@ -138,11 +140,27 @@ class FinetuneView:
 
 
 def _randaugment(spec: str, size: int, mean: tuple[float, float, float]) -> Any:
+    from timm.data import auto_augment
     from timm.data.auto_augment import rand_augment_transform
 
     fill = tuple(min(255, round(255 * m)) for m in mean)
     hparams = {"translate_const": int(size * 0.45), "img_mean": fill}
-    return rand_augment_transform(spec, hparams)
+    try:
+        augment = rand_augment_transform(spec, hparams)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise DataError(
+            f"'{spec}' is no RandAugment specification ({error})",
+            expected="timm's, such as rand-m9-mstd0.5-inc1, or none",
+        ) from None
+    for op in augment.ops:
+        # strong magnitudes ask for 0 bits: a black image once, an error since Pillow 13
+        if op.aug_fn is auto_augment.posterize:
+            op.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
 @dataclass(frozen=True)
