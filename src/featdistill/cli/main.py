@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from featdistill.core.errors import FeatDistillError, did_you_mean
+from featdistill.core.errors import FeatDistillError, Interrupted, did_you_mean
 
 # Static, so that `featdistill --help` imports nothing: (name, one line). A test holds it to the
 # schemas' own summaries.
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(words[0], words[1:])
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except FeatDistillError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
