@@ -103,7 +103,7 @@ def test_out_that_cannot_be_written(
 
 def test_batch_larger_than_the_data(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
     words = ["distill", *TEACHER, *STUDENT, "--data", "digits", "--batch-size", "5000", *out]
-    fails(capsys, *words, says=("batch of 5000 is larger", "--batch-size 899"))
+    fails(capsys, *words, says=("batch of 5000 is larger", "--batch-size 1198"))
 
 
 def test_all_option_mistakes_at_once(capsys: pytest.CaptureFixture[str]) -> None:
