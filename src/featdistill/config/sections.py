@@ -133,7 +133,7 @@ class DataConfig(Section):
 
     path: str = Field(
         description="image folder, list file (.txt .csv), parquet file or folder, digits, "
-        "hf:NAME, or torchvision:NAME (cifar10, ...)"
+        "scattered-digits, hf:NAME, or torchvision:NAME (cifar10, ...)"
     )
     val: str | None = Field(None, description="validation data, if not a part of the data")
     val_fraction: float | None = Field(
@@ -305,6 +305,9 @@ class RunConfig(Section):
         "auto", description="attention of the trained model; auto: by device"
     )
     micro_batches: Positive = Field(1, description="parts in which a batch passes the model")
+    threads: Positive | None = Field(
+        None, description="CPU threads of the model; all cores by default (tiny models: 1)"
+    )
     resume: bool = Field(False, description="continue the run in the output folder")
     log_every: Positive = Field(10, description="steps between log lines")
     checkpoint_every: Positive = Field(500, description="steps between checkpoints")

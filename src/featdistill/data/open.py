@@ -22,6 +22,7 @@ from featdistill.data.tables import (
     read_parquet,
 )
 
+_DIGITS = {"digits": 8, "scattered-digits": 12}  # name -> canvas, pixels
 _TORCHVISION = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
@@ -72,8 +73,8 @@ def open_data(
 
 
 def _open(path: str) -> Data:
-    if path == "digits":
-        train, test = digits()
+    if path in _DIGITS:
+        train, test = digits(_DIGITS[path])
         return Data(train, test=test)
     if path.startswith("hf:"):
         return open_hub(path.removeprefix("hf:"))
@@ -101,7 +102,7 @@ def _open(path: str) -> Data:
 
 def _absent(path: str, where: Path) -> DataError:
     siblings = [p.name for p in where.parent.iterdir()] if where.parent.is_dir() else []
-    hint = did_you_mean(path, ["digits", *_TORCHVISION]) or did_you_mean(where.name, siblings)
+    hint = did_you_mean(path, [*_DIGITS, *_TORCHVISION]) or did_you_mean(where.name, siblings)
     return DataError(
         f"no data at '{path}'",
         expected="an image folder, a list, a parquet file, digits, hf:NAME or torchvision:NAME",

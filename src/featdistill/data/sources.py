@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featdistill.core.errors import DataError
+from featdistill.core.seeds import generator
 from featdistill.data.decode import BadImage, decode, from_pil
 
 
@@ -201,21 +202,33 @@ class Relabelled:
         return self.source.identify(index)
 
 
-def digits() -> tuple[Source, Source]:
+def digits(canvas: int = 8) -> tuple[Source, Source]:
     """scikit-learn's 1797 handwritten digits, 8x8: the embedded data, train and test parts.
 
     Every third image is test data, so that both parts hold all writers and classes.
+
+    Args:
+        canvas: side in pixels of a black canvas on which each digit has a place of its own, drawn
+            once and for all: unlike 8x8 digits, and like photographs, objects then are anywhere.
     """
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(np.rint(pixels.reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8))
-    images = images.expand(-1, 3, -1, -1).contiguous()
+    small = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    large = np.zeros((len(small), canvas, canvas), np.uint8)
+    places = generator("digits", canvas).integers(canvas - 8 + 1, size=(len(small), 2))
+    for image, digit, (top, left) in zip(large, small, places, strict=True):
+        image[top : top + 8, left : left + 8] = digit
+    images = torch.from_numpy(large)[:, None].expand(-1, 3, -1, -1).contiguous()
     test = np.arange(len(labels)) % 3 == 2
     classes = tuple(str(d) for d in range(10))
+    name = "digits" if canvas == 8 else "scattered-digits"
     train, held = (
         ArraySource(
-            f"digits/{part}", images[torch.from_numpy(mask)], labels[mask].astype(np.int64), classes
+            f"{name}/{part}",
+            images[torch.from_numpy(mask)],
+            labels[mask].astype(np.int64),
+            classes,
         )
         for part, mask in (("train", ~test), ("test", test))
     )

@@ -186,8 +186,8 @@ class Runtime:
         return self.fabric.autocast()
 
 
-def limit_threads() -> None:
-    """Use the cores this process may use, not those the machine has (containers, SLURM)."""
-    cores = len(os.sched_getaffinity(0))
-    if torch.get_num_threads() > cores:
+def limit_threads(threads: int | None = None) -> None:
+    """Use so many threads; without a number, at most the cores that this process may use."""
+    cores = threads or len(os.sched_getaffinity(0))
+    if threads or torch.get_num_threads() > cores:
         torch.set_num_threads(cores)

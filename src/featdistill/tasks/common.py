@@ -25,7 +25,7 @@ def data_of(config: DataConfig, seed: int) -> Data:
 
 def runtime_of(run: RunConfig) -> Runtime:
     """The runtime that a configuration names."""
-    limit_threads()
+    limit_threads(run.threads)
     return Runtime(
         device=run.device,
         devices=run.devices,
