@@ -261,7 +261,9 @@ def test_parquet_parts_share_the_number_of_classes(
     [
         ({"pixels": [b"", b""], "label": [0, 1]}, "no image column; its columns are pixels, label"),
         ({"image": pa.array([], pa.binary())}, "no image in"),
-        ({"image": [b"a", b"b"], "label": [-1, -1]}, "labels from -1 to -1"),
+        ({"image": [b"a", b"b"], "label": [-1, 1]}, "labels from -1 to 1"),
+        ({"image": [b"a", b"b"], "label": [0, None]}, "holds empty cells"),
+        ({"image": [b"a", b"b"], "label": [0.0, 0.5]}, "holds fractions"),
     ],
 )
 def test_wrong_parquet(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
@@ -411,3 +413,21 @@ def test_open_data_splits_first_and_budgets_the_rest() -> None:
     assert data.test is not None
     _, held = split(digits()[0], 0.5, seed=3)
     assert labels_of(data.val) == labels_of(held)
+
+
+def test_hidden_labels_are_no_labels(tmp_path: Path) -> None:
+    """The test part of a challenge marks its labels with -1."""
+    file = parquet(tmp_path / "a.parquet", {"image": [b"a", b"b"], "label": [-1, -1]})
+    assert open_data(str(file)).train.labels is None
+
+
+def test_part_names_anywhere_in_a_parquet_name(tmp_path: Path) -> None:
+    """Test images must never slip into the training part."""
+    for name in ("mydata-train", "mydata_test"):
+        parquet(tmp_path / f"{name}.parquet", {"image": [b"a", b"b"], "label": [0, 1]})
+    data = open_data(str(tmp_path))
+    assert len(data.train) == 2
+    assert data.test is not None
+    parquet(tmp_path / "extra.parquet", {"image": [b"a"], "label": [0]})
+    with pytest.raises(DataError, match=r"extra.parquet.* names no part"):
+        open_data(str(tmp_path))

@@ -183,3 +183,16 @@ def test_rates_are_set_by_group() -> None:
     assert found["norm.bias"] == pytest.approx(0.1)
     assert found["blocks.1.mlp.fc1.weight"] == pytest.approx(0.05)
     assert found["cls_token"] == pytest.approx(0.0125)
+
+
+def test_a_generic_head_keeps_the_bodys_groups() -> None:
+    """Or a distilled DeiT would be fine-tuned at the full rate in every layer."""
+    from featdistill.models.classifier import build_classifier
+    from featdistill.models.load import load_backbone
+
+    body = load_backbone("timm/deit_tiny_distilled_patch16_224", weights="random", image_size=32)
+    classifier = build_classifier(body, class_names=("a", "b"))
+    groups = layer_groups(classifier.model)
+    assert groups.layer_of("body.patch_embed.proj.weight") == 0
+    assert groups.layer_of("body.blocks.3.attn.qkv.weight") == 4
+    assert groups.layer_of("out.weight") == groups.last == 13

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 import featdistill
+from featdistill.cli.main import main
 from featdistill.core.errors import Interrupted, RunError
 from featdistill.engine.checkpoint import Checkpoints
 from featdistill.engine.loop import _Loop
@@ -169,3 +171,30 @@ def test_a_custom_factory_is_a_teacher(tmp_path: Path, monkeypatch: pytest.Monke
         **{**TINY, "steps": 2},
     )
     assert result.export is not None
+
+
+def test_a_student_that_continues_starts_as_its_teacher(teacher: Path, tmp_path: Path) -> None:
+    """Positions too are kept, unless another scheme is asked for: its first loss says so."""
+    options = {"student_init": "teacher", "run": {"log_every": 1}, "drop_path": 0.0}
+    shape = {"name": "vit-t", **SHAPE}
+    base = {**TINY, "steps": 1}
+    kept = featdistill.distill(
+        teacher=teacher, student=shape, out=tmp_path / "a", **base, **options
+    )
+    config = json.loads((kept.out / "export/config.json").read_text())
+    assert config["model_args"]["use_abs_pos_emb"] is True
+    lost = featdistill.distill(position="shared-rpb", out=tmp_path / "b", **common)
+    config = json.loads((lost.out / "export/config.json").read_text())
+    assert config["model_args"]["use_abs_pos_emb"] is False
+
+
+def test_the_printed_next_command_works(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("featdistill.tasks.pretrain.say", said.append)
+    featdistill.pretrain(
+        model={"name": "vit-t", **SHAPE}, out=f"{tmp_path}/my run/", **{**TINY, "steps": 1}
+    )
+    words = shlex.split(said[-1].partition("next: featdistill ")[2])
+    assert main([*words, "--batch-size", "8", "--steps", "1", "--workers", "0"]) == 0

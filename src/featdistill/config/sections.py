@@ -91,7 +91,9 @@ class StudentConfig(Section):
         None, description="patch side in pixels; 16 (vit-l 14, swin 4) by default"
     )
     position: Position | None = Field(
-        None, description="shared-rpb (default), rpb, ape or none; ViT students only"
+        None,
+        description="shared-rpb, rpb, ape or none (ViT students only); shared-rpb by default, "
+        "but a student that continues from a model keeps that model's",
     )
     init: str = Field("random", description="random, teacher, or a model to continue from")
     drop_path: Rate = Field(0.1, description="stochastic depth rate, growing linearly with depth")
@@ -157,16 +159,15 @@ class DataConfig(Section):
         return self
 
 
-class ViewConfig(Section):
-    """How an image becomes the one view that both models see."""
+class CropConfig(Section):
+    """A random crop and mirroring."""
 
-    image_size: Positive = Field(224, description="side in pixels that the student sees")
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random crop")
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="aspect of the crop")
     flip: bool = Field(True, description="mirror half of the views")
 
     @model_validator(mode="after")
-    def _ordered(self) -> ViewConfig:
+    def _ordered(self) -> CropConfig:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -176,9 +177,18 @@ class ViewConfig(Section):
         return self
 
 
-class FinetuneViewConfig(ViewConfig):
+class ViewConfig(CropConfig):
+    """How an image becomes the one view that both models see."""
+
+    image_size: Positive = Field(224, description="side in pixels that the student sees")
+
+
+class FinetuneViewConfig(CropConfig):
     """Training views for classification."""
 
+    image_size: Positive | None = Field(
+        None, description="side in pixels; the model's own (compare: the student's) by default"
+    )
     randaugment: str | None = Field(
         "rand-m9-mstd0.5-inc1", description="timm's RandAugment specification, or none"
     )
@@ -240,7 +250,7 @@ class OptimizerConfig(Section):
     lr: float | None = Field(None, gt=0, description="peak learning rate; default: scaled to batch")
     lr_per_512: float = Field(3e-4, gt=0, description="peak rate for each 512 images of batch")
     weight_decay: float = Field(0.05, ge=0, description="not on biases, norms, 1-d parameters")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's averages")
+    betas: tuple[Rate, Rate] = Field((0.9, 0.999), description="AdamW's averages")
     clip: float | None = Field(3.0, gt=0, description="largest gradient norm, or none")
 
 
@@ -289,7 +299,6 @@ class Precision(StrEnum):
     AUTO = "auto"
     FLOAT32 = "float32"
     BF16 = "bf16"
-    FP16 = "fp16"
 
 
 class RunConfig(Section):
@@ -300,7 +309,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     devices: Positive = Field(1, description="processes on this machine, one a device")
     nodes: Positive = Field(1, description="machines")
-    precision: Precision = Field(Precision.AUTO, description="auto, float32, bf16 or fp16")
+    precision: Precision = Field(Precision.AUTO, description="auto, float32 or bf16")
     attention: Literal["auto", "fused", "naive"] = Field(
         "auto", description="attention of the trained model; auto: by device"
     )

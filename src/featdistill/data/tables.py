@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,16 @@ def open_parquet_folder(root: Path, tables: list[Path]) -> Data:
     """Parquet files by part, from their names: `train.parquet`, `data/test-00000-of-00001...`."""
     groups: dict[str, list[Path]] = {}
     for table in tables:
-        stem = table.stem.lower()
-        folders = [p.lower() for p in table.relative_to(root).parts[:-1]]
-        part = next(
-            (
-                names[0]
-                for names in (TRAIN, VAL, TEST)
-                for name in names
-                if name in folders or stem.split("-")[0].split("_")[0].split(".")[0] == name
-            ),
-            "train",
-        )
+        words = set(re.split(r"[-_./\\ ]", str(table.relative_to(root)).lower()))
+        part = next((p[0] for p in (TEST, VAL, TRAIN) if words & set(p)), "unnamed")
         groups.setdefault(part, []).append(table)
+    if "unnamed" in groups and len(groups) > 1:
+        raise DataError(
+            f"'{groups['unnamed'][0].name}' in '{root}' names no part, and other files do",
+            expected="train, val or test in the name of each parquet file, or of none",
+        )
+    if "unnamed" in groups:
+        groups["train"] = groups.pop("unnamed")
     if "train" not in groups:
         raise DataError(f"no training part in '{root}'", expected="a file like train.parquet")
     opened = {part: read_parquet(files, f"{root}/{part}") for part, files in groups.items()}
@@ -85,7 +84,15 @@ def _arrow(table: Any, name: str, root: Path | None = None) -> ArrowSource:
     label = next((c for c in _LABEL_COLUMNS if c in columns), None)
     if label is None:
         return ArrowSource(name, table.column(image), root=root)
+    nulls = table.column(label).null_count
+    if nulls or pyarrow.types.is_floating(table.schema.field(label).type):
+        raise DataError(
+            f"column '{label}' of '{name}' holds {'empty cells' if nulls else 'fractions'}",
+            expected="a class for every image",
+        )
     values = table.column(label).to_numpy()
+    if np.issubdtype(values.dtype, np.integer) and values.max() < 0:
+        return ArrowSource(name, table.column(image), root=root)  # hidden, as of a challenge's test
     classes = _metadata_names(table.schema, label)
     if not np.issubdtype(values.dtype, np.integer):
         classes = class_names(str(v) for v in values)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from featdistill.core.errors import DataError, Interrupted, NonFiniteError
 from featdistill.core.seeds import SampleStream, seeded_globals
@@ -133,10 +134,22 @@ def _fit(
     resume: bool,
     evaluate: Callable[[], Mapping[str, float]] | None,
 ) -> FitResult:
+    parts = plan.micro_batches * runtime.share.world
+    if parts > 1 and any(isinstance(m, _BatchNorm) for m in objective.modules()):
+        raise DataError(
+            f"the model has batch norm, whose statistics {parts} parts of a batch would change",
+            fix="train it with one process and one micro-batch",
+        )
     checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
     wrapped, stepper = runtime.prepare(objective, optimizer)
     start = 0
     if resume and (checkpoint := checkpoints.latest()) is not None:
+        before, now = checkpoint.manifest.get("data_images"), len(plan.source)
+        if before != now:
+            raise DataError(
+                f"the run began with {before} images of '{plan.source.name}', now there are {now}",
+                fix="put the data back, or begin a new run",
+            )
         restore(checkpoint, objective, optimizer)
         start = checkpoint.step
         say(f"resumed at step {start} from {checkpoint.path}")
@@ -298,7 +311,7 @@ class _Loop:
     def _save(self, done: int) -> None:
         if self.runtime.first:
             state = training_state(self.objective, self.optimizer)
-            self.checkpoints.save(done, state, {"images": done * self.plan.batch_size})
+            self.checkpoints.save(done, state, {"data_images": len(self.plan.source)})
         self.runtime.barrier()
 
 

@@ -51,6 +51,17 @@ def layer_groups(model: nn.Module) -> LayerGroups:
     A shared bias counts as the last group; Swin's downsampling belongs to the end of the stage
     before it. Other families are grouped by timm's own matcher.
     """
+    body = getattr(model, "body", None)
+    if isinstance(body, nn.Module):  # under a generic head: the body's groups, then the head
+        inner = layer_groups(body)
+        return LayerGroups(
+            lambda name: (
+                inner.layer_of(name.removeprefix("body."))
+                if name.startswith("body.")
+                else inner.last
+            ),
+            inner.last,
+        )
     if isinstance(model, Beit | Eva | VisionTransformer):
         return _vit_groups(len(model.blocks))
     if isinstance(model, SwinTransformer | SwinTransformerV2):

@@ -27,6 +27,7 @@ _HARMLESS = frozenset(
         "run.tensorboard",
         "schedule.stop_at",
         "data.workers",
+        "data.bad_image_limit",
     )
 )
 
@@ -36,18 +37,6 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        return self.path / "export"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
 
 
 def check_out(out: str, *, resume: bool) -> None:

@@ -17,7 +17,7 @@ from featdistill.data.loader import Share
 from featdistill.engine.tracking import console
 
 DeviceName = Literal["auto", "cpu", "cuda"]
-PrecisionName = Literal["auto", "float32", "bf16", "fp16"]
+PrecisionName = Literal["auto", "float32", "bf16"]
 AttentionName = Literal["auto", "fused", "naive"]
 
 
@@ -93,16 +93,15 @@ class Runtime:
             )
         if precision == "auto":
             precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        if precision == "fp16" and kind == "cpu":
-            raise RunError("precision fp16 on a CPU", fix="use --precision bf16 or float32")
         self.precision = precision
-        names = {"float32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+        names = {"float32": "32-true", "bf16": "bf16-mixed"}
         self.fabric = Fabric(
             accelerator=kind,
             devices=devices,
             num_nodes=nodes,
             precision=names[precision],
-            strategy="ddp" if devices * nodes > 1 else "auto",
+            # heads that a classifier leaves unused get no gradient
+            strategy="ddp_find_unused_parameters_true" if devices * nodes > 1 else "auto",
         )
         self.fabric.launch()
         console.quiet = not self.first

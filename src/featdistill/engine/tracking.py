@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -67,16 +67,6 @@ class MetricsLog:
             self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-class ProgressSink(Protocol):
-    """Where the loop's progress goes."""
-
-    def start(self, steps: int, done: int) -> None: ...
-
-    def update(self, step: int, text: str) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 class Bar:

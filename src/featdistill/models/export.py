@@ -110,12 +110,22 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
         "architecture": backbone.build.architecture,
         "num_classes": backbone.num_classes,
         "num_features": int(model.num_features),
-        "model_args": dict(backbone.build.arguments),
+        "model_args": {**_pooling(model), **backbone.build.arguments},
         "pretrained_cfg": pretrained,
     }
     if backbone.class_names:
         config["label_names"] = pretrained["label_names"] = list(backbone.class_names)
     return config
+
+
+def _pooling(model: Any) -> dict[str, str]:
+    """A timm model's `global_pool`, wherever its family keeps it."""
+    for holder in (model, getattr(model, "head", None)):
+        pool = getattr(holder, "global_pool", None)
+        kind = pool if isinstance(pool, str) else getattr(pool, "pool_type", None)
+        if isinstance(kind, str):
+            return {"global_pool": kind}
+    return {}
 
 
 @torch.no_grad()

@@ -216,14 +216,19 @@ def _check_divides(model: Any, image_size: int, origin: Origin) -> None:
 
 def _hub(spec: str, image_size: int | None, drop: Drop) -> Backbone:
     try:
-        model = timm.create_model(spec, pretrained=True, drop_path_rate=drop.rate)
+        config, architecture, arguments = timm.models.load_model_config_from_hf(
+            spec.removeprefix("hf-hub:")
+        )
+        rate = drop_path_argument(architecture, drop.rate)
+        model = timm.create_model(spec, pretrained=True, **rate)
+    except ModelError:
+        raise
     except Exception as error:  # the hub client and timm raise many kinds
         line = " ".join(str(error).split())[:200]
         raise ModelError(
             f"cannot load '{spec}' ({line})", fix="check the name and the connection"
         ) from None
-    config: dict[str, Any] = model.pretrained_cfg
-    build = TimmBuild(config["architecture"], dict(config.get("model_args") or {}))
+    build = TimmBuild(architecture, dict(arguments or {}))
     origin = Origin(spec, spec, config.get("license"))
     backbone = _wrap(model, config, build, origin, None, drop.always)
     return backbone if image_size is None else resize(backbone, image_size)
@@ -294,7 +299,7 @@ def _factory(spec: str, image_size: int | None) -> Backbone:
     module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ModelError(
             f"cannot import '{module_name}' for model '{spec}' ({error})",
             expected="package.module:factory, importable from here",
@@ -303,7 +308,13 @@ def _factory(spec: str, image_size: int | None) -> Backbone:
     if not callable(factory):
         names = [n for n in dir(module) if not n.startswith("_")]
         raise ModelError(f"'{module_name}' has no callable '{name}'", fix=did_you_mean(name, names))
-    model = factory()
+    try:
+        model = factory()
+    except TypeError as error:
+        raise ModelError(
+            f"'{spec}' cannot be called without arguments ({error})",
+            expected="a callable without arguments that returns a torch.nn.Module",
+        ) from None
     if isinstance(model, Backbone):
         return model
     if not isinstance(model, nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
+from featdistill.models.students import PositionName
 from featdistill.models.weights import load_exactly
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -19,6 +20,16 @@ SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 def layer_table(layer: int) -> str:
     """Name of a Beit layer's own relative position bias table."""
     return f"blocks.{layer}.attn.relative_position_bias_table"
+
+
+def position_of(source: Backbone) -> PositionName:
+    """The position scheme of a ViT, which a student that continues from it keeps."""
+    names = source.model.state_dict().keys()
+    if SHARED_TABLE in names:
+        return "shared-rpb"
+    if layer_table(0) in names:
+        return "rpb"
+    return "ape" if "pos_embed" in names else "none"
 
 
 def continue_from(student: Backbone, source: Backbone) -> list[str]:

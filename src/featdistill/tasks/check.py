@@ -17,7 +17,13 @@ from featdistill.core.types import Batch
 from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.optimizer import adamw, parameter_groups, set_rate
 from featdistill.engine.tracking import duration
-from featdistill.tasks.distill import Assembly, assemble, budget_warning, describe
+from featdistill.tasks.distill import (
+    PUBLISHED_VIEWS,
+    Assembly,
+    assemble,
+    budget_warning,
+    describe,
+)
 
 _STEPS = 3  # the first warms up; the others are timed
 
@@ -154,7 +160,8 @@ def _say(console: Console, config: CheckConfig, result: CheckResult) -> None:
         f"({batch / result.seconds_per_step:,.0f} images/s), loss {result.loss:.4f}",
         f"loading: {batch / result.seconds_per_batch_loading:,.0f} images/s a worker",
         f"memory: {result.memory_bytes / 2**30:.1f} GiB",
-        f"whole run: {result.steps:,} steps, {result.views:,} views, about "
+        f"whole run: {result.steps:,} steps, {result.views:,} views "
+        f"({result.views / PUBLISHED_VIEWS:.2%} of the published {PUBLISHED_VIEWS:,}), about "
         f"{duration(result.steps * slower)} if loading keeps up",
     ]
     if result.warning:

@@ -23,6 +23,12 @@ def data_of(config: DataConfig, seed: int) -> Data:
     return open_data(config.path, val=config.val, val_fraction=config.val_fraction, seed=seed)
 
 
+def refuse_labels(config: DataConfig) -> None:
+    """Raise ConfigError for a label budget where no label is used."""
+    if config.labels is not None:
+        raise ConfigError(["--data.labels is of no use here: no label is used"])
+
+
 def runtime_of(run: RunConfig) -> Runtime:
     """The runtime that a configuration names."""
     limit_threads(run.threads)
@@ -57,9 +63,7 @@ def schedule_of(
     )
 
 
-def plan_of(
-    config: Any, source: Source, view: View, schedule: Schedule, *, title: str, quiet: bool = False
-) -> Plan:
+def plan_of(config: Any, source: Source, view: View, schedule: Schedule, *, title: str) -> Plan:
     """The loop's plan from a command's `data`, `optimizer`, `schedule` and `run` sections."""
     run: RunConfig = config.run
     return Plan(
@@ -79,7 +83,6 @@ def plan_of(
         bad_image_limit=config.data.bad_image_limit,
         tensorboard=run.tensorboard,
         title=title,
-        quiet=quiet,
     )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featdistill.config.commands import CompareConfig
+from featdistill.core.errors import ConfigError
 from featdistill.core.records import read_record, write_record
 from featdistill.data.loader import steps_per_epoch
 from featdistill.data.sources import Source
@@ -31,7 +32,7 @@ from featdistill.models.load import load_backbone
 from featdistill.models.students import build_fresh
 from featdistill.models.weights import tensors_hash
 from featdistill.tasks.common import data_of, plain, runtime_of, schedule_of
-from featdistill.tasks.finetune import check_labels, score_arrays, tune
+from featdistill.tasks.finetune import check_labels, classification, score_arrays, tune
 from featdistill.tasks.knn import knn_of
 
 
@@ -94,7 +95,8 @@ def run(config: CompareConfig) -> CompareResult:
     train, held, classes = check_labels(data, budget=None, seed=config.run.seed)
     _check_sizes(config, train)
     runtime = runtime_of(config.run)
-    rows = _rows(config)
+    size = config.view.image_size or _own_size(config)
+    rows = _rows(config, size)
     folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first).path
     sweeps = len(config.lrs) if len(config.lrs) > 1 else 0
     fits = len(rows) * (sweeps + len(config.seeds))
@@ -115,7 +117,7 @@ def run(config: CompareConfig) -> CompareResult:
             "test_images": len(held),
             "classes": len(classes),
         },
-        "recipe": _recipe(setting),
+        "recipe": _recipe(setting, size),
         "rows": done,
         "differences": differences(done),
         "verdict": verdict(done),
@@ -138,8 +140,15 @@ def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:
     return CompareResult(results, results["verdict"], record, page)
 
 
+def _own_size(config: CompareConfig) -> int:
+    """The student's own image size, at which all rows are compared unless told otherwise."""
+    return load_backbone(config.student.spec, weights=config.student.weights).image_size[0]
+
+
 def _check_sizes(config: CompareConfig, train: Source) -> None:
-    """Refuse a batch that the smallest training set cannot fill, before any model is loaded."""
+    """Refuse what cannot be, before any model is loaded."""
+    if config.schedule.stop_at is not None:
+        raise ConfigError(["--schedule.stop_at is not for compare, which resumes by itself"])
     budget = config.data.labels
     smallest = train if budget is None else label_budget(train, budget, config.run.seed)
     if len(config.lrs) > 1:
@@ -154,9 +163,7 @@ def _check_sizes(config: CompareConfig, train: Source) -> None:
     )
 
 
-def _rows(config: CompareConfig) -> list[Row]:
-    size = config.view.image_size
-
+def _rows(config: CompareConfig, size: int) -> list[Row]:
     def loaded(spec: str, weights: str) -> Callable[[int], Backbone]:
         return lambda _: load_backbone(spec, weights=weights, image_size=size, seed=config.run.seed)
 
@@ -227,6 +234,7 @@ def _row(setting: _Setting, row: Row, number: int) -> dict[str, Any]:
         "model": _model(model, row),
         "sweep": sweep,
         "lr": setting.rate(factor),
+        "layer_decay": _layer_decay(config, row),
         "runs": runs,
         "top1": {"mean": mean, "std": spread, "n": len(values)},
         "knn": scores,
@@ -289,15 +297,16 @@ def _fit(
     job = config.model_copy(
         update={
             "run": config.run.model_copy(update={"seed": seed, "tensorboard": False}),
-            "optimizer": config.optimizer.model_copy(update={"lr": setting.rate(factor)}),
+            "optimizer": config.optimizer.model_copy(
+                update={"lr": setting.rate(factor), "layer_decay": _layer_decay(config, row)}
+            ),
         }
     )
     tuned = tune(
-        row.make(seed),
+        classification(row.make(seed), job, classes=setting.classes, runtime=setting.runtime),
         job,
         train=train,
         held=held,
-        classes=setting.classes,
         runtime=setting.runtime,
         folder=folder,
         title=f"{row.title}, {name}",
@@ -322,6 +331,11 @@ def _fit(
     return {**result, "folder": relative}
 
 
+def _layer_decay(config: CompareConfig, row: Row) -> float:
+    """The recipe's; but layers without knowledge to keep all learn at the full rate."""
+    return 1.0 if row.name == "scratch" else config.optimizer.layer_decay
+
+
 def _knn(setting: _Setting, row: Row, model: Backbone) -> dict[str, float] | None:
     """kNN accuracy by k, as text keys; None for a model that has learnt nothing."""
     config = setting.config
@@ -340,7 +354,7 @@ def _knn(setting: _Setting, row: Row, model: Backbone) -> dict[str, float] | Non
     return {str(k): v for k, v in found.items()}
 
 
-def _recipe(setting: _Setting) -> dict[str, Any]:
+def _recipe(setting: _Setting, size: int) -> dict[str, Any]:
     config = setting.config
     images = len(setting.labels(config.seeds[0]))
     batch = config.data.batch_size
@@ -349,7 +363,7 @@ def _recipe(setting: _Setting) -> dict[str, Any]:
         "steps": steps,
         "epochs": steps / steps_per_epoch(images, batch),
         "batch_size": batch,
-        "image_size": config.view.image_size,
+        "image_size": size,
         "layer_decay": config.optimizer.layer_decay,
         "lr": setting.rate(1.0),
     }

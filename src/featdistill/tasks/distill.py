@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from featdistill.config.commands import DistillConfig
 from featdistill.core.records import write_record
+from featdistill.core.seeds import SampleStream
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.parts import Data
 from featdistill.data.views import CropView
@@ -20,11 +22,11 @@ from featdistill.engine.schedule import Schedule
 from featdistill.engine.tracking import duration, say
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featdistill.models.export import Exported, export_timm
-from featdistill.models.load import load_backbone
-from featdistill.models.students import build_student
-from featdistill.models.transfer import continue_from
+from featdistill.models.load import load_backbone, resize
+from featdistill.models.students import PositionName, build_student
+from featdistill.models.transfer import continue_from, position_of
 from featdistill.objectives.distillation import FeatureDistillation
-from featdistill.tasks.common import data_of, plain, plan_of, runtime_of, schedule_of
+from featdistill.tasks.common import data_of, plain, plan_of, refuse_labels, runtime_of, schedule_of
 
 PUBLISHED_VIEWS = 384_000_000  # 300 epochs of ImageNet-1K
 
@@ -62,6 +64,7 @@ class Assembly:
 
 def assemble(config: DistillConfig) -> Assembly:
     """Build teacher, student, objective and data; every mistake comes out here."""
+    refuse_labels(config.data)
     data = data_of(config.data, config.run.seed)
     schedule = schedule_of(
         config.schedule,
@@ -108,13 +111,18 @@ def _student(config: DistillConfig, teacher: Backbone) -> tuple[Backbone, list[s
     elif wanted.init != "random":
         spec, weights = wanted.init, "hub"
         source = load_backbone(spec, weights=weights)
+    position: PositionName | None = wanted.position.value if wanted.position else None
     if source is not None:
         mean, std = source.rgb
+        if position is None and wanted.name.startswith("vit-"):
+            position = position_of(source)
+        if source.fixed_size:
+            source = resize(source, config.view.image_size)
     student = build_student(
         wanted.name,
         image_size=config.view.image_size,
         patch=wanted.patch,
-        position=wanted.position.value if wanted.position else None,
+        position=position,
         drop_path=wanted.drop_path,
         width=wanted.width,
         depth=wanted.depth,
@@ -176,7 +184,7 @@ def budget_warning(images: int, views: float, *, fresh: bool) -> str | None:
     if not fresh or views >= 0.05 * PUBLISHED_VIEWS:
         return None
     return (
-        f"note: {views / 1e6:.2g} million views, {views / PUBLISHED_VIEWS:.1%} of the published "
+        f"note: {views:,.0f} views, {views / PUBLISHED_VIEWS:.2%} of the published "
         f"{PUBLISHED_VIEWS / 1e6:.0f} million. From random weights a student is unlikely to catch "
         f"up with its teacher on {images:,} images: start it from the teacher "
         "(--student-init teacher), add unlabelled images, or train for longer."
@@ -243,8 +251,13 @@ def _calibrate(config: DistillConfig, assembly: Assembly) -> None:
         workers=0,
     )
 
-    batches = (runtime.batch(batch) for batch in itertools.islice(plainly(loader), count))
-    if objective.calibrate(batches):
+    batches = (
+        runtime.batch(replace(batch, stream=SampleStream(config.run.seed, -1, batch.positions)))
+        for batch in itertools.islice(plainly(loader), count)
+    )
+    with runtime.autocast():
+        calibrated = objective.calibrate(batches)
+    if calibrated:
         say(f"whitening calibrated on {count * size:,} images")
 
 
@@ -292,11 +305,12 @@ def _finish(
     )
     say(exported.snippet)
     weights = config.teacher.weights
+    out = config.run.out.rstrip("/")
     words = [
-        *("compare", "--teacher", config.teacher.spec),
+        *("featdistill", "compare", "--teacher", config.teacher.spec),
         *(() if weights == "hub" else ("--teacher-weights", weights)),
-        *("--student", config.run.out, "--data", config.data.path),
-        *("--image-size", str(config.view.image_size), "--out", f"{config.run.out}-compared"),
+        *("--student", out, "--data", config.data.path),
+        *("--image-size", str(config.view.image_size), "--out", f"{out}-compared"),
     ]
-    say(f"\nnext: featdistill {' '.join(words)}")
+    say(f"\nnext: {shlex.join(words)}")
     return exported

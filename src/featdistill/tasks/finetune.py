@@ -90,19 +90,14 @@ def check_labels(
     return train, held, data.train.classes
 
 
-def tune(
+def classification(
     backbone: Backbone,
     config: FinetuneConfig | CompareConfig,
     *,
-    train: Source,
-    held: Source,
     classes: tuple[str, ...],
     runtime: Runtime,
-    folder: Path,
-    title: str,
-    quiet: bool = False,
-) -> Tuned:
-    """Fine-tune a backbone by a configuration's recipe and score it on the held-out part."""
+) -> Classification:
+    """The objective of a fine-tuning, with its fresh classifier; mistakes come out here."""
     classifier = build_classifier(
         backbone,
         class_names=classes,
@@ -127,6 +122,22 @@ def tune(
         micro_batches=config.run.micro_batches,
         even=objective.mixes,
     )
+    finetune_view(config, classifier)
+    return objective
+
+
+def tune(
+    objective: Classification,
+    config: FinetuneConfig | CompareConfig,
+    *,
+    train: Source,
+    held: Source,
+    runtime: Runtime,
+    folder: Path,
+    title: str,
+) -> Tuned:
+    """Fine-tune a classifier by a configuration's recipe and score it on the held-out part."""
+    classifier = objective.classifier
     schedule = schedule_of(
         config.schedule, config.optimizer, images=len(train), batch_size=config.data.batch_size
     )
@@ -135,9 +146,7 @@ def tune(
         weight_decay=config.optimizer.weight_decay,
         layer_decay=config.optimizer.layer_decay,
     )
-    plan = plan_of(
-        config, train, finetune_view(config, backbone), schedule, title=title, quiet=quiet
-    )
+    plan = plan_of(config, train, finetune_view(config, classifier), schedule, title=title)
 
     def scores() -> Scores:
         return score(
@@ -145,6 +154,7 @@ def tune(
             held,
             batch_size=max(1, min(1024, 2 * config.data.batch_size)),
             crop=config.view.eval_crop,
+            workers=config.data.workers,
             share=runtime.share,
             gather=runtime.gather,
         )
@@ -202,6 +212,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         image_size=config.view.image_size,
         seed=config.run.seed,
     )
+    objective = classification(backbone, config, classes=classes, runtime=runtime)
     folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     say(
         f"model  {backbone.origin.spec}, {backbone.origin.weights}\n"
@@ -209,11 +220,10 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         f"{len(held):,} held out; {runtime.describe()}"
     )
     tuned = tune(
-        backbone,
+        objective,
         config,
         train=train,
         held=held,
-        classes=classes,
         runtime=runtime,
         folder=folder.path,
         title="fine-tuning",
@@ -270,7 +280,7 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
     )
     if exported is None:
         say(
-            "this architecture is not timm's, so nothing was exported; its weights are in "
+            "plain timm has no classifier of this shape, so nothing was exported; weights: "
             f"{folder / 'checkpoints'}"
         )
         return None

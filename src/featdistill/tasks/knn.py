@@ -95,7 +95,11 @@ def run(config: KnnCommandConfig) -> KnnResult:
     ]
     say(f"{len(train):,} labelled images vote on {len(held):,}")
     found: dict[str, dict[int, float]] = {}
-    for spec, backbone in zip(config.models, models, strict=True):
+    twice = len(set(config.models)) < len(config.models)
+    names = [f"{s} ({w})" if twice else s for s, w in zip(config.models, weights, strict=True)]
+    if len(set(names)) < len(names):
+        raise ConfigError(["the same model with the same weights is given twice"])
+    for spec, backbone in zip(names, models, strict=True):
         backbone.to(device)
         found[spec] = knn_of(
             backbone,
@@ -111,7 +115,7 @@ def run(config: KnnCommandConfig) -> KnnResult:
         say(f"{spec}: {scores}")
     record = None
     if config.run.out is not None:
-        origins = {s: vars(b.origin) for s, b in zip(config.models, models, strict=True)}
+        origins = {s: vars(b.origin) for s, b in zip(names, models, strict=True)}
         record = write_record(
             Path(config.run.out) / "knn.json",
             "knn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from featdistill.engine.tracking import duration, say
 from featdistill.models.export import export_timm
 from featdistill.models.students import build_student
 from featdistill.objectives.contrastive import SimCLR
-from featdistill.tasks.common import data_of, plain, plan_of, runtime_of, schedule_of
+from featdistill.tasks.common import data_of, plain, plan_of, refuse_labels, runtime_of, schedule_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def run(config: PretrainConfig) -> PretrainResult:
             ["pretrain takes one process and one micro-batch: its negatives are the batch's own"]
         )
     check_out(config.run.out, resume=config.run.resume)
+    refuse_labels(config.data)
     data = data_of(config.data, config.run.seed)
     schedule = schedule_of(
         config.schedule,
@@ -131,10 +133,13 @@ def run(config: PretrainConfig) -> PretrainResult:
     )
     say(f"done in {duration(result.seconds)}; the model, for plain timm:\n")
     say(exported.snippet)
-    patch = f" --student-patch {model.patch}" if model.patch else ""
-    say(
-        f"\nnext: featdistill distill --teacher {config.run.out} --student {model.name}{patch} "
-        f"--student-init teacher --data {config.data.path} --image-size {view.image_size} "
-        f"--out {config.run.out.rstrip('/')}-distilled"
-    )
+    out = config.run.out.rstrip("/")
+    sizes = model.model_dump(include={"patch", "width", "depth", "heads", "window"})
+    words = [
+        *("featdistill", "distill", "--teacher", out, "--student", model.name),
+        *(w for k, v in sizes.items() if v is not None for w in (f"--student.{k}", str(v))),
+        *("--student-init", "teacher", "--data", config.data.path),
+        *("--image-size", str(view.image_size), "--out", f"{out}-distilled"),
+    ]
+    say(f"\nnext: {shlex.join(words)}")
     return PretrainResult(folder.path, exported.folder, result.step, result.seconds, result.last)
