@@ -177,10 +177,8 @@ def test_a_student_that_continues_starts_as_its_teacher(teacher: Path, tmp_path:
     """Positions too are kept, unless another scheme is asked for: its first loss says so."""
     options = {"student_init": "teacher", "run": {"log_every": 1}, "drop_path": 0.0}
     shape = {"name": "vit-t", **SHAPE}
-    base = {**TINY, "steps": 1}
-    kept = featdistill.distill(
-        teacher=teacher, student=shape, out=tmp_path / "a", **base, **options
-    )
+    common = {"teacher": teacher, "student": shape, **TINY, "steps": 1, **options}
+    kept = featdistill.distill(out=tmp_path / "a", **common)
     config = json.loads((kept.out / "export/config.json").read_text())
     assert config["model_args"]["use_abs_pos_emb"] is True
     lost = featdistill.distill(position="shared-rpb", out=tmp_path / "b", **common)
