@@ -8,6 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test lint unit test-gpu constraints clean
 
 quickstart: $(STAMP)
+	@if [ -e runs/quickstart ]; then echo "removing the last quickstart's runs/quickstart"; fi
 	rm -rf runs/quickstart
 	$(BIN)/featdistill quickstart --out runs/quickstart
 

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from featdistill.engine.signals import stop_on_signals
+
+
+@pytest.fixture(autouse=True)
+def _foreground() -> Iterator[None]:
+    """As in a terminal's foreground, even where the tests run as a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_on_signals() as request:
+        signal.raise_signal(signal.SIGINT)
+        assert request.signal is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -23,7 +23,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    # a shell's background jobs ignore Ctrl-C, and nohup's: what is ignored stays so
+    before = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, _frame: FrameType | None) -> None:
         request.signal = number

@@ -11,7 +11,7 @@ from featdistill.config.commands import PretrainConfig
 from featdistill.core.errors import ConfigError
 from featdistill.core.records import write_record
 from featdistill.data.views import ContrastiveView
-from featdistill.engine.loop import fit
+from featdistill.engine.loop import FitResult, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.tracking import duration, say
@@ -48,61 +48,23 @@ def run(config: PretrainConfig) -> PretrainResult:
         batch_size=config.data.batch_size,
     )
     runtime = runtime_of(config.run)
-    model, view = config.model, config.view
-    backbone = build_student(
-        model.name,
-        image_size=view.image_size,
-        patch=model.patch,
-        style="plain",
-        drop_path=model.drop_path,
-        width=model.width,
-        depth=model.depth,
-        heads=model.heads,
-        window=model.window,
-        seed=config.run.seed,
-    )
-    objective = SimCLR(
-        backbone,
-        temperature=config.objective.temperature,
-        hidden=config.objective.hidden,
-        projection=config.objective.projection,
-        seed=config.run.seed,
-    )
-    runtime.choose_attention(backbone)
+    objective = _objective(config)
+    runtime.choose_attention(objective.backbone)
     folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     say(
-        f"model  {model.name}, {backbone.parameters_count / 1e6:.2f} M parameters, "
-        f"{view.image_size} pixels\n"
+        f"model  {config.model.name}, {objective.backbone.parameters_count / 1e6:.2f} M "
+        f"parameters, {config.view.image_size} pixels\n"
         f"data   {len(data.train):,} images of {data.train.name}\n"
         f"run    {schedule.steps:,} steps on {runtime.describe()}"
     )
-    plan = plan_of(
-        config,
-        data.train,
-        ContrastiveView(
-            size=view.image_size,
-            scale=view.crop_scale,
-            ratio=view.crop_ratio,
-            flip=view.flip,
-            rotate=view.rotate,
-            brightness=view.brightness,
-            contrast=view.contrast,
-            saturation=view.saturation,
-            hue=view.hue,
-            gray=view.gray,
-            blur=view.blur,
-        ),
-        schedule,
-        title="pre-training",
-    )
     groups = parameter_groups(
-        [("backbone.model.", backbone.model), ("head.", objective.head)],
+        [("backbone.model.", objective.backbone.model), ("head.", objective.head)],
         weight_decay=config.optimizer.weight_decay,
     )
     result = fit(
         objective,
         adamw(groups, betas=config.optimizer.betas),
-        plan,
+        plan_of(config, data.train, _view(config), schedule, title="pre-training"),
         runtime=runtime,
         folder=folder.path,
         resume=config.run.resume,
@@ -110,17 +72,65 @@ def run(config: PretrainConfig) -> PretrainResult:
     if not result.finished:
         say(f"stopped at step {result.step} of {schedule.steps}; go on with --resume")
         return PretrainResult(folder.path, None, result.step, result.seconds, result.last)
-    exported = export_timm(
+    export = _finish(config, objective, len(data.train), folder.path, result)
+    return PretrainResult(folder.path, export, result.step, result.seconds, result.last)
+
+
+def _objective(config: PretrainConfig) -> SimCLR:
+    model = config.model
+    backbone = build_student(
+        model.name,
+        image_size=config.view.image_size,
+        patch=model.patch,
+        drop_path=model.drop_path,
+        width=model.width,
+        depth=model.depth,
+        heads=model.heads,
+        window=model.window,
+        style="plain",
+        seed=config.run.seed,
+    )
+    return SimCLR(
         backbone,
-        folder.path / "export",
+        temperature=config.objective.temperature,
+        hidden=config.objective.hidden,
+        projection=config.objective.projection,
+        seed=config.run.seed,
+    )
+
+
+def _view(config: PretrainConfig) -> ContrastiveView:
+    view = config.view
+    return ContrastiveView(
+        size=view.image_size,
+        scale=view.crop_scale,
+        ratio=view.crop_ratio,
+        flip=view.flip,
+        rotate=view.rotate,
+        brightness=view.brightness,
+        contrast=view.contrast,
+        saturation=view.saturation,
+        hue=view.hue,
+        gray=view.gray,
+        blur=view.blur,
+    )
+
+
+def _finish(
+    config: PretrainConfig, objective: SimCLR, images: int, folder: Path, result: FitResult
+) -> Path:
+    """Export the backbone, write the record, and say what to do next."""
+    exported = export_timm(
+        objective.backbone,
+        folder / "export",
         card={
             "method": "SimCLR (arXiv 2002.05709)",
-            "data": f"{len(data.train):,} images of {Path(config.data.path).name}",
+            "data": f"{images:,} images of {Path(config.data.path).name}",
             "views": f"{2 * result.step * config.data.batch_size:,} in {result.step:,} steps",
         },
     )
     write_record(
-        folder.path / "pretrain.json",
+        folder / "pretrain.json",
         "pretrain",
         config=plain(config),
         results={
@@ -134,12 +144,12 @@ def run(config: PretrainConfig) -> PretrainResult:
     say(f"done in {duration(result.seconds)}; the model, for plain timm:\n")
     say(exported.snippet)
     out = config.run.out.rstrip("/")
-    sizes = model.model_dump(include={"patch", "width", "depth", "heads", "window"})
+    sizes = config.model.model_dump(include={"patch", "width", "depth", "heads", "window"})
     words = [
-        *("featdistill", "distill", "--teacher", out, "--student", model.name),
+        *("featdistill", "distill", "--teacher", out, "--student", config.model.name),
         *(w for k, v in sizes.items() if v is not None for w in (f"--student.{k}", str(v))),
         *("--student-init", "teacher", "--data", config.data.path),
-        *("--image-size", str(view.image_size), "--out", f"{out}-distilled"),
+        *("--image-size", str(config.view.image_size), "--out", f"{out}-distilled"),
     ]
     say(f"\nnext: {shlex.join(words)}")
-    return PretrainResult(folder.path, exported.folder, result.step, result.seconds, result.last)
+    return exported.folder
