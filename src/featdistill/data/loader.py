@@ -23,6 +23,7 @@ from featdistill.data.decode import BadImage
 from featdistill.data.sources import Source
 from featdistill.data.views import View
 
+_FEW = 1024
 _ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
 
 
@@ -206,8 +207,10 @@ def ordered_batches(
 ) -> DataLoader[Batch]:
     """All images of a source in order, each once (of several processes, every world-th)."""
     mine = range(share.rank, len(source), share.world)
-    if workers is None:
-        workers = default_workers(share.world) if len(mine) >= 4 * batch_size else 0
+    if len(mine) < _FEW:  # over before a process has started
+        workers = 0
+    elif workers is None:
+        workers = default_workers(share.world)
     return DataLoader(
         _InOrder(source, view),  # type: ignore[arg-type]
         sampler=mine,
