@@ -36,7 +36,7 @@ def config(folder: Path, **options: object) -> FinetuneConfig:
 def test_a_new_run(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     run = open_run(str(out), config(out), resume=False)
-    assert run.path == out
+    assert run == out
     assert {p.name for p in out.iterdir()} == {"config.yaml", "environment.json", "log.txt"}
     assert yaml.safe_load((out / "config.yaml").read_text())["model"]["spec"] == "m"
     logging.getLogger("featdistill").info("a line")

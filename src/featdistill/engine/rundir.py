@@ -32,13 +32,6 @@ _HARMLESS = frozenset(
 )
 
 
-class RunDir:
-    """The folder of a run: `config.yaml`, `environment.json`, `metrics.jsonl`, `log.txt`, ..."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-
 def check_out(out: str, *, resume: bool) -> None:
     """Raise RunError if a run cannot live in `out`; before any long work, writing nothing."""
     path = Path(out).expanduser()
@@ -68,7 +61,7 @@ def check_out(out: str, *, resume: bool) -> None:
         )
 
 
-def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -> RunDir:
+def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -> Path:
     """Make a run's folder, or open it again; of several processes, only the first touches it.
 
     Raises:
@@ -76,7 +69,7 @@ def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -
     """
     path = Path(out).expanduser()
     if not first:
-        return RunDir(path)
+        return path
     check_out(out, resume=resume)
     values = config.model_dump(mode="json")
     if resume:
@@ -92,7 +85,7 @@ def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -
             f"cannot write to output '{out}' ({error.strerror or error})", fix="give another --out"
         ) from None
     _log_to(path / "log.txt")
-    return RunDir(path)
+    return path
 
 
 def _check_same(path: Path, values: dict[str, Any]) -> None:

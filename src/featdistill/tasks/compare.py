@@ -97,7 +97,7 @@ def run(config: CompareConfig) -> CompareResult:
     runtime = runtime_of(config.run)
     size = config.view.image_size or _own_size(config)
     rows = _rows(config, size)
-    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first).path
+    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     sweeps = len(config.lrs) if len(config.lrs) > 1 else 0
     fits = len(rows) * (sweeps + len(config.seeds))
     setting = _Setting(config, train, held, classes, runtime, folder, fits)

@@ -218,16 +218,16 @@ def run(config: DistillConfig) -> DistillResult:
         adamw(groups, betas=config.optimizer.betas),
         plan,
         runtime=assembly.runtime,
-        folder=folder.path,
+        folder=folder,
         resume=config.run.resume,
     )
     exported = None
     if result.finished and assembly.runtime.first:
-        exported = _finish(config, assembly, folder.path, result.seconds, result.last)
+        exported = _finish(config, assembly, folder, result.seconds, result.last)
     elif not result.finished:
         say(f"stopped at step {result.step} of {assembly.schedule.steps}; go on with --resume")
     return DistillResult(
-        folder.path,
+        folder,
         exported.folder if exported else None,
         result.step,
         result.seconds,

@@ -225,20 +225,18 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         train=train,
         held=held,
         runtime=runtime,
-        folder=folder.path,
+        folder=folder,
         title="fine-tuning",
     )
     scores, result = tuned.scores, tuned.fit
     if scores is None:
         say(f"stopped at step {result.step}; go on with --resume")
-        return FinetuneResult(
-            folder.path, None, None, None, result.step, result.seconds, result.last
-        )
+        return FinetuneResult(folder, None, None, None, result.step, result.seconds, result.last)
     exported = None
     if runtime.first:
-        exported = _finish(config, folder.path, tuned, scores)
+        exported = _finish(config, folder, tuned, scores)
     return FinetuneResult(
-        folder.path,
+        folder,
         exported,
         scores.top1,
         scores.top5,

@@ -66,14 +66,14 @@ def run(config: PretrainConfig) -> PretrainResult:
         adamw(groups, betas=config.optimizer.betas),
         plan_of(config, data.train, _view(config), schedule, title="pre-training"),
         runtime=runtime,
-        folder=folder.path,
+        folder=folder,
         resume=config.run.resume,
     )
     if not result.finished:
         say(f"stopped at step {result.step} of {schedule.steps}; go on with --resume")
-        return PretrainResult(folder.path, None, result.step, result.seconds, result.last)
-    export = _finish(config, objective, len(data.train), folder.path, result)
-    return PretrainResult(folder.path, export, result.step, result.seconds, result.last)
+        return PretrainResult(folder, None, result.step, result.seconds, result.last)
+    export = _finish(config, objective, len(data.train), folder, result)
+    return PretrainResult(folder, export, result.step, result.seconds, result.last)
 
 
 def _objective(config: PretrainConfig) -> SimCLR:
