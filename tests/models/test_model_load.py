@@ -18,9 +18,10 @@ from torch import Tensor
 
 from featdistill.core.errors import ModelError, RunError
 from featdistill.models.backbone import Backbone
+from featdistill.models.checkpoints.files import read_tree
 from featdistill.models.export import export_timm
 from featdistill.models.load import load_backbone, resize
-from featdistill.models.weights import load_exactly, read_tensors
+from featdistill.models.weights import load_exactly
 
 VIT = "timm/vit_tiny_patch16_224"
 
@@ -244,7 +245,7 @@ def test_hostile_pickle_is_refused_and_does_not_run(
         torch.save({"state_dict": Hostile(canary)}, path)
     else:
         path.write_bytes(pickle.dumps({"state_dict": Hostile(canary)}))
-    assert "not a checkpoint that can be read safely" in complaint(VIT, weights=str(path))
+    assert "is refused: it " in complaint(VIT, weights=str(path))
     assert not canary.exists()
     # the canary does sing where code is run
     with open(path, "rb") as file:
@@ -265,7 +266,7 @@ def test_file_cut_off(tmp_path: Path, state: dict[str, Tensor]) -> None:
     for file in ("w.safetensors", "w.pth"):
         path = write(state, tmp_path / file)
         path.write_bytes(path.read_bytes()[:-1000])
-        assert "is not a checkpoint" in complaint(VIT, weights=str(path))
+        assert "is truncated" in complaint(VIT, weights=str(path))
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"epoch": 3}, torch.zeros(2), {"model": {}}])
@@ -281,7 +282,7 @@ def test_file_that_is_absent(tmp_path: Path) -> None:
 def test_read_tensors_is_exact(tmp_path: Path) -> None:
     tensors = {"a": torch.tensor([1.5, float("nan")]), "b": torch.arange(4)}
     for file in ("w.safetensors", "w.pth"):
-        got = read_tensors(write(tensors, tmp_path / file))
+        got = read_tree(write(tensors, tmp_path / file))
         assert got.keys() == tensors.keys()
         assert torch.equal(got["b"], tensors["b"])
         assert torch.equal(got["a"].view(torch.int32), tensors["a"].view(torch.int32))

@@ -13,7 +13,7 @@ from featdistill.core.errors import ModelError
 from featdistill.core.seeds import SampleStream
 from featdistill.core.types import Features, LayerFeatures
 from featdistill.models.droppath import DropPathSlot, key_drop_path
-from featdistill.models.layout import Layout, grid_of, layout_of
+from featdistill.models.layout import Layout, grid_of, layout_of, projects
 
 Rgb = tuple[float, float, float]
 IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
@@ -29,6 +29,57 @@ class TimmBuild:
 
 
 @dataclass(frozen=True)
+class LoadReport:
+    """What became of a checkpoint's tensors.
+
+    Attributes:
+        title: the format.
+        path: the branch and prefix in the file, as `teacher/backbone.`.
+        total: tensors in that branch.
+        renamed: how many of them have other names in timm.
+        left_out: reason -> the file's names that were left out on purpose.
+        assumed: what the file does not say and was taken for granted.
+        resized: positions that were carried to another size.
+    """
+
+    title: str
+    path: str
+    total: int
+    renamed: int
+    left_out: Mapping[str, tuple[str, ...]]
+    assumed: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What a user should read, one line each."""
+        count = sum(map(len, self.left_out.values()))
+        where = f", in '{self.path}'" if self.path else ""
+        lines = [
+            f"format   {self.title}{where}",
+            f"weights  loaded {self.total - count} of {self.total} tensors, "
+            f"renamed {self.renamed}, resized {len(self.resized)}, left out {count}",
+        ]
+        lines += [
+            f"left out {len(names)}: {reason} ({', '.join(_patterns(names))})"
+            for reason, names in self.left_out.items()
+        ]
+        if self.assumed:
+            lines.append(f"assumed  {'; '.join(self.assumed)} (the file does not say)")
+        return tuple(lines)
+
+
+def _patterns(names: Sequence[str], limit: int = 4) -> list[str]:
+    """Names by their first parts: `decoder_blocks.*`; numbered parts of one kind count once."""
+    found: dict[str, None] = {}
+    for name in names:
+        first, dot, _ = name.partition(".")
+        found[f"{first}.*" if dot else name] = None
+    kinds = list(found)
+    return kinds[:limit] + (["..."] if len(kinds) > limit else [])
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a model and its weights come from.
 
@@ -36,11 +87,18 @@ class Origin:
         spec: what the user wrote, or a description.
         weights: `random (seed 0)`, a hub name, or a file with its hash.
         licence: the weights' licence as far as it is known.
+        report: what became of each tensor, of weights from a checkpoint file.
     """
 
     spec: str
     weights: str
     licence: str | None = None
+    report: LoadReport | None = None
+
+    @property
+    def loading(self) -> tuple[str, ...]:
+        """Lines about how the weights were loaded, if there is anything to say."""
+        return () if self.report is None else self.report.lines
 
 
 class Backbone(nn.Module):
@@ -58,6 +116,8 @@ class Backbone(nn.Module):
         build: how to make it again, or None.
         origin: where the weights come from.
         class_names: of the classifier, if any.
+        projection: the model's head is CLIP's projection: its output is `pooled`, and there are
+            no logits.
     """
 
     mean: Tensor
@@ -77,6 +137,7 @@ class Backbone(nn.Module):
         fixed_size: bool = True,
         always_drop_path: bool = False,
         layout: Layout | None = None,
+        projection: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -88,6 +149,9 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.layout = layout or layout_of(model)
+        if projection is None:
+            projection = class_names is None and projects(model)
+        self.projection = projection
         seen = self._probe()
         self.width = seen.map.shape[1]
         self.grid = (seen.map.shape[2], seen.map.shape[3])
@@ -110,6 +174,8 @@ class Backbone(nn.Module):
     @property
     def num_classes(self) -> int:
         """Classes of the model's own classifier; 0 if it has none."""
+        if self.projection:
+            return 0
         return int(getattr(self.model, "num_classes", 0) or 0)
 
     @property
@@ -176,7 +242,7 @@ class Backbone(nn.Module):
                 expected="a map (B, C, h, w), tokens (B, N, C) or Features",
             )
         map_, prefix = self.layout.split(final, grid)
-        pooled = self.model.forward_head(final, pre_logits=True)
+        pooled = self.model.forward_head(final, pre_logits=not self.projection)
         logits = self.model.forward_head(final) if self.num_classes else None
         if isinstance(logits, tuple):  # distilled DeiT in training mode
             logits = torch.stack(logits).mean(0)

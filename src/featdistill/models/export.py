@@ -171,7 +171,8 @@ def adaptation_notes(backbone: Backbone) -> list[str]:
         else:
             notes.append("`num_classes=N` replaces the head by a fresh one.")
         notes += [
-            "`img_size=S` is carried over: timm resamples the relative position bias.",
+            "`img_size=S` is carried over: timm resamples the relative position bias, in BEiT's "
+            "geometric way and linearly; featdistill's `image_size` stretches it bicubically.",
             "`features_only=True` gives the maps of the blocks, before the final norm.",
         ]
     elif backbone.num_classes == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from timm.layers import NormMlpClassifierHead
 from timm.models.vision_transformer import VisionTransformer
@@ -92,6 +93,19 @@ def _head_norm(model: nn.Module) -> nn.Module | None:
     if isinstance(norm, nn.Identity) and isinstance(fc_norm, nn.Module):
         return None if isinstance(fc_norm, nn.Identity) else fc_norm  # BEiT, EVA02, pooled ViTs
     return None
+
+
+def projects(model: Any) -> bool:
+    """Whether a timm model's head is CLIP's projection and no classifier.
+
+    timm keeps CLIP's projection as a head of `num_classes` outputs. It is known by the pre-norm,
+    which only CLIP's image towers have, and by the bias that CLIP lacks: zero throughout.
+    """
+    head = getattr(model, "head", None)
+    before = getattr(model, "norm_pre", None)
+    if not isinstance(head, nn.Linear) or before is None or isinstance(before, nn.Identity):
+        return False
+    return head.bias is None or not bool(head.bias.any())
 
 
 def grid_of(model: nn.Module, height: int, width: int) -> tuple[int, int] | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from torch import nn
@@ -19,13 +18,31 @@ from featdistill.models.backbone import (
     Backbone,
     CustomBackbone,
     Origin,
+    Rgb,
     TimmBuild,
 )
+from featdistill.models.checkpoints.files import SUFFIXES, read_tree
+from featdistill.models.checkpoints.formats import CLIP_MEAN, CLIP_STD, HALF
+from featdistill.models.checkpoints.load import load_checkpoint
+from featdistill.models.checkpoints.unwrap import unwrap
+from featdistill.models.positions import BiasResampling
+from featdistill.models.resize import check_divides, resize
 from featdistill.models.students import SIZES
-from featdistill.models.timm_models import accepts, check_name, create, drop_path_argument
-from featdistill.models.weights import file_hash, load_exactly, read_json, read_tensors
+from featdistill.models.timm_models import (
+    accepts,
+    check_name,
+    create,
+    drop_path_argument,
+)
+from featdistill.models.weights import file_hash, load_exactly, read_json
 
-_FILES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+NormalisationName = Literal["auto", "imagenet", "clip", "half"]
+NORMALISATIONS: dict[str, tuple[Rgb, Rgb]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": (CLIP_MEAN, CLIP_STD),
+    "half": (HALF, HALF),
+}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,10 @@ def load_backbone(
     spec: str,
     *,
     weights: str = "hub",
+    arch: str | None = None,
+    normalisation: NormalisationName = "auto",
     image_size: int | None = None,
+    bias_resampling: BiasResampling = "linear",
     drop_path: float = 0.0,
     always_drop_path: bool = False,
     seed: int = 0,
@@ -48,11 +68,15 @@ def load_backbone(
     """Load a model as a `Backbone`, in evaluation mode.
 
     Args:
-        spec: `timm/NAME`, `hf-hub:NAME`, a run or export folder of this project (or any folder
-            that timm reads as `local-dir:`), or `package.module:factory`, a callable without
-            arguments that returns a module.
+        spec: `timm/NAME`, a checkpoint file, `hf-hub:NAME`, a run or export folder of this project
+            (or any folder that timm reads as `local-dir:`), or `package.module:factory`, a callable
+            without arguments that returns a module.
         weights: of `timm/NAME`: `hub`, `random`, or a checkpoint file.
+        arch: timm's name of a checkpoint file's architecture, where its tensors do not tell.
+        normalisation: of the images, where a checkpoint file does not tell: `imagenet`, `clip` or
+            `half` (mean and standard deviation 0.5).
         image_size: side in pixels; the model's own by default. Positions are carried over.
+        bias_resampling: how relative bias tables are carried over (`positions.resize_bias_table`).
         drop_path: stochastic depth rate.
         always_drop_path: drop in evaluation mode too.
         seed: of random weights.
@@ -61,31 +85,44 @@ def load_backbone(
         ModelError: no such model or weights, or a checkpoint that does not fit.
     """
     drop = Drop(drop_path, always_drop_path)
-    if spec.startswith("timm/"):
-        return _timm(spec, weights, image_size, seed, drop).eval()
-    if weights != "hub":
+    path = Path(spec).expanduser()
+    timm_name = spec.removeprefix("timm/") if spec.startswith("timm/") else None
+    file = None
+    if timm_name is not None and weights not in ("hub", "random"):
+        check_name(timm_name)
+        file, arch = Path(weights).expanduser(), timm_name
+    elif path.is_file():
+        file = path
+    if file is None and (arch is not None or normalisation != "auto"):
+        what = "architecture" if arch is not None else "normalisation"
+        raise ModelError(
+            f"an {what} was given for '{spec}', which has its own".replace("an n", "a n"),
+            fix="give it with a checkpoint file, or leave it out",
+        )
+    if timm_name is None and weights != "hub":
         raise ModelError(
             f"weights '{weights}' were given for '{spec}', which has its own",
             fix="give them with a timm/NAME, or leave them out",
         )
-    if spec.startswith("hf-hub:"):
-        return _hub(spec, image_size, drop).eval()
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        return load_folder(path, image_size=image_size, drop=drop).eval()
-    if ":" in spec and not path.exists():
+    if file is not None:
+        backbone = _file(spec, file, arch, normalisation, drop)
+    elif timm_name is not None:
+        backbone = _timm(timm_name, weights, image_size, seed, drop)
+    elif spec.startswith("hf-hub:"):
+        backbone = _hub(spec, drop)
+    elif path.is_dir():
+        backbone = load_folder(path, drop=drop)
+    elif ":" in spec and not path.exists():
         return _factory(spec, image_size).eval()
-    raise _no_model(spec, path)
+    else:
+        raise _no_model(spec, path)
+    if image_size is not None:
+        backbone = resize(backbone, image_size, how=bias_resampling)
+    return backbone.eval()
 
 
 def _no_model(spec: str, path: Path) -> ModelError:
-    if path.is_file() or path.suffix in _FILES:
-        what = "is a file without a name for its architecture" if path.is_file() else "is no file"
-        return ModelError(
-            f"model '{spec}' {what}",
-            fix=f"name its architecture, timm/NAME, and give the file as its weights: {spec}",
-        )
-    if len(path.parts) > 1:
+    if len(path.parts) > 1 or path.suffix in SUFFIXES:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
     else:
@@ -94,24 +131,44 @@ def _no_model(spec: str, path: Path) -> ModelError:
         hint = "that is a student's name; a model needs weights: timm/NAME or a run folder"
     return ModelError(
         f"no model '{spec}'",
-        expected="timm/NAME, hf-hub:NAME, a run or export folder, or package.module:factory",
+        expected="timm/NAME, a checkpoint file, hf-hub:NAME, a run or export folder, or "
+        "package.module:factory",
         fix=hint,
     )
 
 
-def _timm(spec: str, weights: str, image_size: int | None, seed: int, drop: Drop) -> Backbone:
-    name = spec.removeprefix("timm/")
+def _file(
+    spec: str, file: Path, arch: str | None, normalisation: NormalisationName, drop: Drop
+) -> Backbone:
+    if arch is None and (file.parent / "config.json").is_file() and file.name in _WEIGHTS:
+        return load_folder(file.parent, drop=drop)  # whose config.json knows more than the tensors
+    loaded = load_checkpoint(file, arch=arch, drop_path=drop.rate)
+    mean, std, report = loaded.mean, loaded.std, loaded.report
+    if normalisation != "auto":
+        mean, std = NORMALISATIONS[normalisation]
+        report = replace(report, assumed=tuple(a for a in report.assumed if "normal" not in a))
+    config = {
+        "input_size": (3, loaded.image_size, loaded.image_size),
+        "mean": mean,
+        "std": std,
+    }
+    origin = Origin(spec, f"{file.name} (sha256 {file_hash(file)})", None, report)
+    return _wrap(
+        loaded.model,
+        config,
+        loaded.build,
+        origin,
+        loaded.image_size,
+        drop.always,
+        projection=loaded.projection,
+    )
+
+
+def _timm(name: str, weights: str, image_size: int | None, seed: int, drop: Drop) -> Backbone:
     check_name(name)
     architecture = name.partition(".")[0]
     arguments: dict[str, Any] = {}
-    tensors = None
-    if weights not in ("hub", "random"):
-        tensors = read_tensors(Path(weights).expanduser())
-        classifier = timm.get_pretrained_cfg(architecture).classifier
-        first = classifier[0] if isinstance(classifier, tuple | list) else classifier
-        head = tensors.get(f"{first}.weight")
-        arguments["num_classes"] = 0 if head is None else head.shape[0]
-    elif image_size is not None and accepts(name, "img_size"):
+    if weights == "random" and image_size is not None and accepts(name, "img_size"):
         arguments["img_size"] = image_size
     with seeded_globals("model", seed):
         model = create(
@@ -120,17 +177,12 @@ def _timm(spec: str, weights: str, image_size: int | None, seed: int, drop: Drop
             **arguments,
             **drop_path_argument(architecture, drop.rate),
         )
-    described = {"hub": f"timm hub: {name}", "random": f"random (seed {seed})"}.get(weights)
-    if tensors is not None:
-        file = Path(weights).expanduser()
-        load_exactly(model, tensors, what=weights)
-        described = f"{file.name} (sha256 {file_hash(file)})"
+    described = f"timm hub: {name}" if weights == "hub" else f"random (seed {seed})"
     config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     licence = config.get("license") if weights == "hub" else None
-    origin = Origin(spec, described or weights, licence)
+    origin = Origin(f"timm/{name}", described, licence)
     build = TimmBuild(architecture, arguments)
-    backbone = _wrap(model, config, build, origin, arguments.get("img_size"), drop.always)
-    return backbone if image_size is None else resize(backbone, image_size)
+    return _wrap(model, config, build, origin, arguments.get("img_size"), drop.always)
 
 
 def _wrap(
@@ -141,6 +193,7 @@ def _wrap(
     image_size: int | None,
     always_drop_path: bool,
     class_names: tuple[str, ...] | None = None,
+    projection: bool | None = None,
 ) -> Backbone:
     height, width = config["input_size"][1:]
     channels = config["input_size"][0]
@@ -153,7 +206,7 @@ def _wrap(
         arguments.setdefault("global_pool", model.global_pool)
     size = (image_size, image_size) if image_size is not None else (height, width)
     if accepts(build.architecture, "img_size"):
-        _check_divides(model, size[0], origin)
+        check_divides(model, size[0], origin)
     return Backbone(
         model,
         mean=tuple(config.get("mean") or IMAGENET_MEAN),
@@ -164,57 +217,11 @@ def _wrap(
         class_names=class_names,
         fixed_size=accepts(build.architecture, "img_size"),
         always_drop_path=always_drop_path,
+        projection=projection,
     )
 
 
-def resize(backbone: Backbone, image_size: int) -> Backbone:
-    """The backbone at another image size.
-
-    A model that is made for one size is built again for the other, and its position tensors are
-    carried over by timm, as `timm.create_model(..., img_size=...)` would do it.
-    """
-    if backbone.image_size == (image_size, image_size):
-        return backbone
-    model, build = backbone.model, backbone.build
-    if backbone.fixed_size:
-        assert build is not None
-        build = TimmBuild(build.architecture, {**build.arguments, "img_size": image_size})
-        _check_divides(model, image_size, backbone.origin)
-        rate = drop_path_argument(build.architecture, backbone.slot.rate)
-        model = create(build.architecture, **build.arguments, **rate)
-        carry = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        tensors = backbone.model.state_dict()
-        load_exactly(
-            model,
-            tensors if carry is None else carry(dict(tensors), model),
-            what=backbone.origin.spec,
-        )
-    mean, std = backbone.rgb
-    return Backbone(
-        model,
-        mean=mean,
-        std=std,
-        image_size=(image_size, image_size),
-        origin=backbone.origin,
-        build=build,
-        class_names=backbone.class_names,
-        fixed_size=backbone.fixed_size,
-        always_drop_path=backbone.slot.always,
-    )
-
-
-def _check_divides(model: Any, image_size: int, origin: Origin) -> None:
-    """Raise ModelError if an image is no whole number of patches; timm would crop it in silence."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    side = patch[0] if isinstance(patch, tuple | list) else patch
-    if side and image_size % side:
-        raise ModelError(
-            f"'{origin.spec}' cannot see {image_size} pixels",
-            expected=f"a multiple of its patch of {side}",
-        )
-
-
-def _hub(spec: str, image_size: int | None, drop: Drop) -> Backbone:
+def _hub(spec: str, drop: Drop) -> Backbone:
     try:
         config, architecture, arguments = timm.models.load_model_config_from_hf(
             spec.removeprefix("hf-hub:")
@@ -230,8 +237,7 @@ def _hub(spec: str, image_size: int | None, drop: Drop) -> Backbone:
         ) from None
     build = TimmBuild(architecture, dict(arguments or {}))
     origin = Origin(spec, spec, config.get("license"))
-    backbone = _wrap(model, config, build, origin, None, drop.always)
-    return backbone if image_size is None else resize(backbone, image_size)
+    return _wrap(model, config, build, origin, None, drop.always)
 
 
 def find_export(folder: Path) -> Path:
@@ -253,12 +259,7 @@ def find_export(folder: Path) -> Path:
     )
 
 
-def load_folder(
-    folder: Path,
-    *,
-    image_size: int | None = None,
-    drop: Drop | None = None,
-) -> Backbone:
+def load_folder(folder: Path, *, drop: Drop | None = None) -> Backbone:
     """Load an export (or any folder in timm's `local-dir:` layout), strictly."""
     drop = drop or Drop()
     export = find_export(folder)
@@ -274,16 +275,16 @@ def load_folder(
     arguments.setdefault("num_classes", config.get("num_classes", 0))
     model = create(architecture, **arguments, **drop_path_argument(architecture, drop.rate))
     file = next(
-        (export / n for n in ("model.safetensors", "pytorch_model.bin") if (export / n).is_file()),
+        (export / n for n in _WEIGHTS if (export / n).is_file()),
         None,
     )
     if file is None:
         raise ModelError(f"no weights in '{export}'", expected="model.safetensors")
-    load_exactly(model, read_tensors(file), what=str(file))
+    load_exactly(model, unwrap(read_tree(file)).tensors, what=str(file))
     names = pretrained.get("label_names") or config.get("label_names")
     weights = f"{file.name} (sha256 {file_hash(file)})"
     origin = Origin(str(folder), weights, pretrained.get("license"))
-    backbone = _wrap(
+    return _wrap(
         model,
         pretrained,
         TimmBuild(architecture, arguments),
@@ -292,7 +293,6 @@ def load_folder(
         drop.always,
         tuple(names) if names else None,
     )
-    return backbone if image_size is None else resize(backbone, image_size)
 
 
 def _factory(spec: str, image_size: int | None) -> Backbone:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import socket
+import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 from urllib.parse import urlparse
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from featdistill.core.errors import ModelError, did_you_mean, nearest
+from featdistill.models.extensions import extend, split_arguments
 
 
 def check_name(name: str) -> None:
@@ -59,7 +62,7 @@ def drop_path_argument(name: str, rate: float) -> dict[str, Any]:
 
 
 def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
-    """`timm.create_model` whose failures say what to do.
+    """`timm.create_model` whose failures say what to do, and which knows our `extensions`.
 
     Raises:
         ModelError: no such model, unreachable weights, or arguments that it refuses.
@@ -67,8 +70,11 @@ def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Modul
     check_name(name)
     if pretrained:
         _check_hub(name)
+    own, extensions = split_arguments(arguments)
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
+        model = timm.create_model(name, pretrained=pretrained, **own)
+        extend(model, extensions)
+        return model
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise _refused(name, error) from None
@@ -78,6 +84,11 @@ def create(name: str, *, pretrained: bool = False, **arguments: Any) -> nn.Modul
         ) from None
     except (TypeError, AssertionError, ValueError) as error:
         raise _refused(name, error) from None
+
+
+def family_filter(model: nn.Module) -> Callable[..., dict[str, Any]] | None:
+    """timm's own conversion of official checkpoints for a model's family, if it has one."""
+    return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
 
 
 _OFFLINE_FIX = (

@@ -1,0 +1,146 @@
+"""A checkpoint file as a tree of tensors: whatever its format, without running any code of it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from featdistill.core.errors import ModelError
+from featdistill.models.checkpoints.archive import UnsafeArchive, is_archive, read_archive
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pyth", ".model")
+_LARGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
+
+
+class _Inert(dict[Any, Any]):
+    """Stands in for settings that projects pickle beside their weights; it does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+# Settings, scalars and paths that official files hold; their contents are of no use here.
+_SETTINGS: list[Any] = [
+    (_Inert, "argparse.Namespace"),
+    (_Inert, "yacs.config.CfgNode"),
+    (_Inert, "omegaconf.dictconfig.DictConfig"),
+    (_Inert, "omegaconf.listconfig.ListConfig"),
+    (_Inert, "pathlib.PosixPath"),
+    (_Inert, "pathlib._local.PosixPath"),
+    (_Inert, "collections.defaultdict"),
+    (_Inert, "numpy.core.multiarray.scalar"),
+    (_Inert, "numpy._core.multiarray.scalar"),
+    (_Inert, "numpy.dtype"),
+]
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A checkpoint file's nested dictionaries, with tensors on the CPU.
+
+    `.safetensors`, `torch.save` files (opened with `weights_only=True`, so that no code of theirs
+    runs) and TorchScript archives (read as data).
+
+    Raises:
+        ModelError: absent, truncated, damaged, refused, or something else than a checkpoint.
+    """
+    if not path.is_file():
+        raise ModelError(f"no checkpoint file at '{path}'")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    _refuse_strangers(path, head)
+    try:
+        if path.suffix == ".safetensors":
+            return dict(_safetensors(path, head))
+        if zipfile.is_zipfile(path) and is_archive(path):
+            return dict(read_archive(path))
+        value = _pickled(path, zipped=head.startswith(b"PK"))
+    except UnsafeArchive as error:
+        raise _refused(path, str(error)) from None
+    except ModelError:
+        raise
+    except Exception as error:  # torch and zipfile raise whatever a damaged file provokes
+        raise _unreadable(path, head, error) from None
+    if isinstance(value, Mapping):
+        return {str(k): v for k, v in value.items()}
+    raise ModelError(
+        f"'{path}' is not a checkpoint: it holds no named tensors, but a {type(value).__name__}"
+    )
+
+
+def _refuse_strangers(path: Path, head: bytes) -> None:
+    if not head:
+        raise ModelError(f"'{path}' is not a checkpoint: the file is empty", fix="copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(
+            f"'{path}' is a Git LFS pointer, not the file itself", fix="fetch it: git lfs pull"
+        )
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise ModelError(f"'{path}' is a web page, not a checkpoint", fix="download it again")
+
+
+def _safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
+    # looked at before the library maps the file: a hostile length costs nothing this way
+    header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+    if len(head) < 8 or header > _LARGEST_HEADER or not head[8:9] == b"{":
+        raise ModelError(f"'{path}' is not a checkpoint: it has no safetensors header")
+    if 8 + header > size:
+        raise ModelError(
+            f"'{path}' is truncated: its header alone has {header:,} bytes, the file {size:,}",
+            fix="download it again",
+        )
+    return load_file(path)
+
+
+def _pickled(path: Path, *, zipped: bool) -> Any:
+    with torch.serialization.safe_globals(_SETTINGS):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+_TRUNCATED = (
+    "central directory",
+    "unexpected eof",
+    "ran out of input",
+    "incomplete metadata",
+    "not fully covered",
+    "corrupted",
+    "unexpected pos",
+    "eof",
+)
+
+
+def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
+    line = " ".join(str(error).split())
+    wanted = line.partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+    if wanted:
+        return _refused(path, f"it wants to call {wanted}")
+    if head.startswith(b"\x80") and "Unsupported" in line:
+        return _refused(path, "it is a pickle of more than tensors")
+    if isinstance(error, EOFError) or any(sign in line.lower() for sign in _TRUNCATED):
+        return ModelError(
+            f"'{path}' is truncated or damaged ({type(error).__name__}: {line[:100]})",
+            fix="download or copy it again",
+        )
+    reason = line.split(". ")[0][:160] or type(error).__name__
+    if isinstance(error, SafetensorError) or head.startswith(b"PK"):
+        return ModelError(f"'{path}' is damaged ({reason})", fix="download or copy it again")
+    return ModelError(
+        f"'{path}' is not a checkpoint ({reason})",
+        expected=".safetensors, or a .pt/.pth/.bin of tensors",
+    )
+
+
+def _refused(path: Path, reason: str) -> ModelError:
+    return ModelError(
+        f"'{path}' is refused: {reason}, and nothing in a checkpoint is run here",
+        fix="save its tensors alone, with safetensors or torch.save(model.state_dict(), ...)",
+    )
