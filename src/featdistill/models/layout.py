@@ -105,7 +105,7 @@ def projects(model: Any) -> bool:
     before = getattr(model, "norm_pre", None)
     if not isinstance(head, nn.Linear) or before is None or isinstance(before, nn.Identity):
         return False
-    return head.bias is None or not bool(head.bias.any())
+    return head.bias is None or head.bias.is_meta or not bool(head.bias.any())
 
 
 def grid_of(model: nn.Module, height: int, width: int) -> tuple[int, int] | None:
