@@ -25,6 +25,7 @@ class Target(StrEnum):
 
     MAP = "map"
     GAP = "gap"
+    POOLED = "pooled"
     LOGITS = "logits"
 
 
@@ -64,14 +65,33 @@ class Pool(StrEnum):
     MODEL = "model"
 
 
-class TeacherConfig(Section):
-    """The frozen model to learn from."""
+class ModelConfig(Section):
+    """One model to use, and what its checkpoint file does not say itself."""
 
     spec: str = Field(
-        description="timm/NAME, a run or export folder, or package.module:factory",
-        validation_alias="spec",
+        description="timm/NAME, a checkpoint file, a run or export folder, hf-hub:NAME, or "
+        "package.module:factory"
     )
-    weights: str = Field("hub", description="hub, random, or a checkpoint file")
+    weights: str = Field("hub", description="of timm/NAME: hub, random, or a checkpoint file")
+    arch: str | None = Field(
+        None, description="timm's name of a checkpoint file's architecture, if it asks for it"
+    )
+    branch: str | None = Field(
+        None,
+        description="part of a checkpoint file to take: student, teacher, model_ema, ...; the "
+        "teacher or the only one by default",
+    )
+    normalisation: Literal["auto", "imagenet", "clip", "half"] = Field(
+        "auto", description="mean and std for a checkpoint file: imagenet, clip or half (0.5)"
+    )
+    bias_resampling: Literal["linear", "geometric"] = Field(
+        "linear", description="relative bias tables at another image size: linear or geometric"
+    )
+
+
+class TeacherConfig(ModelConfig):
+    """The frozen model to learn from."""
+
     image_size: Positive | None = Field(
         None, description="side in pixels at which the teacher sees the view; its own by default"
     )
@@ -121,13 +141,6 @@ class NewModelConfig(Section):
     depth: Positive | None = Field(None, description="layers, instead of the named size's")
     heads: Positive | None = Field(None, description="heads, instead of the named size's")
     window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
-
-
-class ModelConfig(Section):
-    """One model to use."""
-
-    spec: str = Field(description="timm/NAME, a run or export folder, or package.module:factory")
-    weights: str = Field("hub", description="hub, random, or a checkpoint file")
 
 
 class DataConfig(Section):
@@ -212,7 +225,11 @@ class ContrastiveViewConfig(ViewConfig):
 class ObjectiveConfig(Section):
     """What is compared, after which normalisation, by which distance."""
 
-    target: Target = Field(Target.MAP, description="map, gap or logits")
+    target: Target = Field(
+        Target.MAP,
+        description="map (all tokens), gap (their mean), pooled (as the teacher pools: CLIP's "
+        "embedding) or logits",
+    )
     whitening: Whitening = Field(
         Whitening.LAYERNORM, description="layernorm, none, l2, standardize or pca"
     )

@@ -107,6 +107,7 @@ class Backbone(nn.Module):
     Attributes:
         model: the timm model.
         width: channels of the map.
+        pooled_width: channels of the model's own pooled vector.
         grid: (h, w) tokens of the map at `image_size`.
         num_prefix: prefix tokens, named by `prefix_names`.
         mean, std: the normalisation of RGB in [0, 1].
@@ -154,6 +155,7 @@ class Backbone(nn.Module):
         self.projection = projection
         seen = self._probe()
         self.width = seen.map.shape[1]
+        self.pooled_width = seen.pooled.shape[1]
         self.grid = (seen.map.shape[2], seen.map.shape[3])
         self.prefix_names = seen.prefix_names
         self.num_prefix = len(seen.prefix_names)

@@ -58,6 +58,7 @@ def load_backbone(
     *,
     weights: str = "hub",
     arch: str | None = None,
+    branch: str | None = None,
     normalisation: NormalisationName = "auto",
     image_size: int | None = None,
     bias_resampling: BiasResampling = "linear",
@@ -73,6 +74,8 @@ def load_backbone(
             without arguments that returns a module.
         weights: of `timm/NAME`: `hub`, `random`, or a checkpoint file.
         arch: timm's name of a checkpoint file's architecture, where its tensors do not tell.
+        branch: the part of a checkpoint file to take (`student`, `model_ema`, ...); by default the
+            teacher of a self-distillation, or the only part.
         normalisation: of the images, where a checkpoint file does not tell: `imagenet`, `clip` or
             `half` (mean and standard deviation 0.5).
         image_size: side in pixels; the model's own by default. Positions are carried over.
@@ -92,12 +95,11 @@ def load_backbone(
         check_name(timm_name)
         file, arch = Path(weights).expanduser(), timm_name
     elif path.is_file():
-        file = path
-    if file is None and (arch is not None or normalisation != "auto"):
-        what = "architecture" if arch is not None else "normalisation"
+        file, arch = path, arch.removeprefix("timm/") if arch else None
+    if file is None and (arch or branch or normalisation != "auto"):
+        what = f"arch '{arch}'" if arch else f"branch '{branch}'" if branch else normalisation
         raise ModelError(
-            f"an {what} was given for '{spec}', which has its own".replace("an n", "a n"),
-            fix="give it with a checkpoint file, or leave it out",
+            f"{what} was given for '{spec}', which is no checkpoint file", fix="leave it out"
         )
     if timm_name is None and weights != "hub":
         raise ModelError(
@@ -105,7 +107,7 @@ def load_backbone(
             fix="give them with a timm/NAME, or leave them out",
         )
     if file is not None:
-        backbone = _file(spec, file, arch, normalisation, drop)
+        backbone = _file(spec, file, arch, branch, normalisation, drop)
     elif timm_name is not None:
         backbone = _timm(timm_name, weights, image_size, seed, drop)
     elif spec.startswith("hf-hub:"):
@@ -138,11 +140,16 @@ def _no_model(spec: str, path: Path) -> ModelError:
 
 
 def _file(
-    spec: str, file: Path, arch: str | None, normalisation: NormalisationName, drop: Drop
+    spec: str,
+    file: Path,
+    arch: str | None,
+    branch: str | None,
+    normalisation: NormalisationName,
+    drop: Drop,
 ) -> Backbone:
     if arch is None and (file.parent / "config.json").is_file() and file.name in _WEIGHTS:
         return load_folder(file.parent, drop=drop)  # whose config.json knows more than the tensors
-    loaded = load_checkpoint(file, arch=arch, drop_path=drop.rate)
+    loaded = load_checkpoint(file, arch=arch, branch=branch, drop_path=drop.rate)
     mean, std, report = loaded.mean, loaded.std, loaded.report
     if normalisation != "auto":
         mean, std = NORMALISATIONS[normalisation]

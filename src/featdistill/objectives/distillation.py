@@ -27,7 +27,7 @@ from featdistill.objectives.whitening import (
     build_whitening,
 )
 
-TargetName = Literal["map", "gap", "logits"]
+TargetName = Literal["map", "gap", "pooled", "logits"]
 DistanceName = Literal["smooth-l1", "mse", "l1", "cosine"]
 ResampleOrder = Literal["before-whitening", "after-whitening"]
 
@@ -110,7 +110,8 @@ class FeatureDistillation(nn.Module):
     Args:
         teacher: frozen.
         student: to be trained.
-        target: `map` (every token of the last layer), `gap` (mean of the map) or `logits`.
+        target: `map` (every token of the last layer), `gap` (mean of the map), `pooled` (as the
+            teacher pools itself: CLIP's projected embedding) or `logits`.
         whitening: normalisation of the target.
         loss: distance, with `beta` for smooth-l1.
         layer: the teacher's layer to take the map from.
@@ -139,7 +140,7 @@ class FeatureDistillation(nn.Module):
         self.resample_order = resample_order
         self.student = student
         self._teacher = (teacher.requires_grad_(False).eval(),)  # a tuple hides it from nn.Module
-        self.pairing = pair(teacher, student, "last" if target == "logits" else layer)
+        self.pairing = pair(teacher, student, layer if target in ("map", "gap") else "last")
         if target == "logits" and not teacher.num_classes:
             raise ModelError(
                 f"teacher '{teacher.origin.spec}' has no classifier, so no logits",
@@ -158,6 +159,8 @@ class FeatureDistillation(nn.Module):
     def _target_channels(self, teacher: Backbone) -> int:
         if self.target == "logits":
             return teacher.num_classes
+        if self.target == "pooled":
+            return teacher.pooled_width
         if self.pairing.layer is None:
             return teacher.width
         info = teacher.model.feature_info
@@ -171,7 +174,7 @@ class FeatureDistillation(nn.Module):
         self.teacher.to(device)
 
     def targets(self, batch: Batch) -> Tensor:
-        """The teacher's whitened features: (B, N, D), or (B, 1, D) for gap and logits."""
+        """The teacher's whitened features: (B, N, D), or (B, 1, D) but for the map."""
         raw, map_like = self._raw_targets(batch)
         if not map_like or self.resample_order == "before-whitening":
             return self.whitening(raw)
@@ -196,6 +199,8 @@ class FeatureDistillation(nn.Module):
             map_, prefix = features.layers[layer].map, features.layers[layer].prefix
         if self.target == "logits":
             return features.logits[:, None], False
+        if self.target == "pooled":
+            return features.pooled[:, None], False
         if self.target == "gap":
             return map_.mean((2, 3))[:, None], False
         if self.resample_order == "before-whitening":

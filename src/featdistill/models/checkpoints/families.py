@@ -260,6 +260,8 @@ def swin(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
     for stage in range(len(depths)):
         end = re.compile(rf"layers\.{stage}\.blocks\.\d+\.attn\.relative_position_bias_table")
         tables = {n: v for n, v in tensors.items() if end.fullmatch(n)}
+        if not any(v.ndim == 2 for v in tables.values()):
+            need(tensors, f"layers.{stage}.blocks.0.attn.relative_position_bias_table", 2)
         rows = vote((v.shape[0] for v in tables.values() if v.ndim == 2), "windows")
         windows.append(window_side(rows, 0, next(iter(tables))))
         heads.append(vote((v.shape[1] for v in tables.values() if v.ndim == 2), "heads"))
@@ -304,7 +306,9 @@ def swin_v2(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
     heads = []
     for stage in range(len(depths)):
         end = re.compile(rf"layers\.{stage}\.blocks\.\d+\.attn\.logit_scale")
-        scales = (v.shape[0] for n, v in tensors.items() if end.fullmatch(n) and v.ndim)
+        scales = [v.shape[0] for n, v in tensors.items() if end.fullmatch(n) and v.ndim]
+        if not scales:
+            need(tensors, f"layers.{stage}.blocks.0.attn.logit_scale", 3)
         heads.append(vote(scales, "heads"))
     windows: list[int] | None = extra.pop("windows", None)
     if windows is None:

@@ -95,7 +95,8 @@ def _safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
         raise ModelError(f"'{path}' is not a checkpoint: it has no safetensors header")
     if 8 + header > size:
         raise ModelError(
-            f"'{path}' is truncated: its header alone has {header:,} bytes, the file {size:,}",
+            f"'{path}' is not a checkpoint that can be read: it is truncated (its header alone has "
+            f"{header:,} bytes, the file {size:,})",
             fix="download it again",
         )
     return load_file(path)
@@ -127,7 +128,8 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
         return _refused(path, "it is a pickle of more than tensors")
     if isinstance(error, EOFError) or any(sign in line.lower() for sign in _TRUNCATED):
         return ModelError(
-            f"'{path}' is truncated or damaged ({type(error).__name__}: {line[:100]})",
+            f"'{path}' is not a checkpoint that can be read: it is truncated or damaged "
+            f"({line[:100] or type(error).__name__})",
             fix="download or copy it again",
         )
     reason = line.split(". ")[0][:160] or type(error).__name__

@@ -24,6 +24,7 @@ from featdistill.core.errors import ModelError
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Rgb
 from featdistill.models.checkpoints import families
 from featdistill.models.checkpoints.families import Plan
+from featdistill.models.checkpoints.sizes import width_of
 from featdistill.models.checkpoints.tables import Converted, Rule, any_matches
 from featdistill.models.checkpoints.unwrap import Unwrapped
 
@@ -44,6 +45,10 @@ def _as_it_is(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def _same_name(name: str, _: Mapping[str, Tensor]) -> str:
+    return name
+
+
 @dataclass(frozen=True)
 class Format:
     """One way of writing a family's weights.
@@ -53,12 +58,14 @@ class Format:
         title: whose files these are.
         marks: patterns that must all occur.
         never: patterns none of which may occur.
+        any_of: patterns of which one must occur, if there are any.
         rules: the key table.
         plan: the model from the tensors.
         mean, std: the normalisation that these models were trained with.
         normalisation_known: whether every such file was trained so; if not, the user is told.
         hints: arguments that the tensors cannot show, from the file and its surroundings.
         finish: what else happens to the tensors, where a table of names is not enough.
+        unfinish: the name before `finish` of one after it, for messages.
         required: patterns that must occur in the file, although a model without them could exist.
         kind: timm's class.
     """
@@ -69,18 +76,22 @@ class Format:
     rules: tuple[Rule, ...]
     plan: Callable[[Mapping[str, Tensor], Mapping[str, Any]], Plan]
     never: tuple[str, ...] = ()
+    any_of: tuple[str, ...] = ()
     mean: Rgb = IMAGENET_MEAN
     std: Rgb = IMAGENET_STD
     normalisation_known: bool = True
     hints: Hints = _no_hints
     finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _as_it_is
+    unfinish: Callable[[str, Mapping[str, Tensor]], str] = _same_name
     required: tuple[str, ...] = ()
     kind: type[nn.Module] = VisionTransformer
 
     def recognises(self, names: Mapping[str, Tensor]) -> bool:
         """Whether a state dict is of this format."""
-        return all(any_matches(m, names) for m in self.marks) and not any(
-            any_matches(n, names) for n in self.never
+        return (
+            all(any_matches(m, names) for m in self.marks)
+            and not any(any_matches(n, names) for n in self.never)
+            and (not self.any_of or any(any_matches(a, names) for a in self.any_of))
         )
 
 
@@ -98,6 +109,7 @@ def _same(*patterns: str) -> tuple[Rule, ...]:
 
 # --- plain ViT: DINO, iBOT, DeiT, MAE, DINOv2, and timm's own files --------------------
 
+_DINOV3_MARKS = ("rope_embed.periods", "storage_tokens")
 _PLAIN_VIT = (
     Rule("mask_token", None, _MASK),
     Rule("masked_embed", None, _MASK),
@@ -117,6 +129,7 @@ _PLAIN_VIT = (
     *_same("blocks.#.mlp.fc1.*", "blocks.#.mlp.fc2.*"),
     *_same("norm.*", "fc_norm.*", "norm_pre.*", "attn_pool.*"),
     *_same("head.weight", "head.bias", "head_dist.weight", "head_dist.bias"),
+    Rule("visual.head.proj.*", "head.*"),  # open_clip's, beside a trunk of timm's
 )
 
 
@@ -157,7 +170,7 @@ VIT = Format(
     name="vit",
     title="plain ViT, as DINO, iBOT, DeiT, MAE, DINOv2 and timm write it",
     marks=("blocks.#.attn.qkv.weight", "blocks.#.norm1.weight"),
-    never=("blocks.#.attn.q_bias", "blocks.#.gamma_1", "rel_pos_bias.*", "storage_tokens"),
+    never=("blocks.#.attn.q_bias", "blocks.#.gamma_1", "rel_pos_bias.*", *_DINOV3_MARKS),
     rules=_PLAIN_VIT,
     plan=families.vision_transformer,
     normalisation_known=False,
@@ -244,7 +257,7 @@ def _token(value: Tensor) -> Tensor:
 
 
 def _transposed(value: Tensor) -> Tensor:
-    return value.transpose(0, 1)
+    return value.T if value.ndim == 2 else value  # misshapen ones are named by strict loading
 
 
 _CLIP = (
@@ -406,6 +419,12 @@ def _untie_stages(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def _tied_name(name: str, tensors: Mapping[str, Tensor]) -> str:
+    if not any(".rel_pos_bias." in n for n in tensors):
+        return name
+    return re.sub(r"\.blocks\.\d+\.attn\.cpb_mlp\.", ".rel_pos_bias.cpb_mlp.", name)
+
+
 _V1_MARK = "layers.#.blocks.#.attn.relative_position_bias_table"
 SWIN = Format(
     name="swin",
@@ -429,6 +448,7 @@ SWIN_V2 = Format(
     name="swin-v2",
     title="Swin V2, as Microsoft and feature distillation write it",
     finish=_untie_stages,
+    unfinish=_tied_name,
     marks=("layers.#.blocks.#.attn.logit_scale", "layers.0.downsample.*"),
     rules=(*_SWIN_V2, *_MICROSOFT),
     plan=families.swin_v2,
@@ -464,7 +484,8 @@ def _dinov3_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _dinov3_hints(_: Unwrapped, converted: Converted, __: Settings) -> dict[str, Any]:
     periods = converted.tensors.get("rope.periods")
-    if periods is None or periods.ndim != 1:
+    width = width_of(converted.tensors, r"blocks\.\d+\.norm[12]\.(weight|bias)")
+    if periods is None or periods.ndim != 1 or width % (4 * len(periods)):
         raise ModelError("1 missing or of another shape (rope.periods)")
     return {"rope_periods": tuple(periods.float().tolist())}
 
@@ -472,7 +493,8 @@ def _dinov3_hints(_: Unwrapped, converted: Converted, __: Settings) -> dict[str,
 DINOV3 = Format(
     name="dinov3",
     title="DINOv3's ViT",
-    marks=("blocks.#.attn.qkv.weight", "blocks.#.ls1.gamma", "rope_embed.periods"),
+    marks=("blocks.#.attn.qkv.weight", "blocks.#.ls1.gamma"),
+    any_of=_DINOV3_MARKS,
     rules=(
         Rule("mask_token", None, _MASK),
         Rule("local_cls_norm.*", None, "the norm of the pre-training's local crops"),
@@ -491,6 +513,7 @@ DINOV3 = Format(
     plan=families.eva,
     hints=_dinov3_hints,
     finish=_dinov3_bias,
+    unfinish=lambda name, _: re.sub(r"[qv]_bias$", "qkv.bias", name),
     kind=Eva,
 )
 

@@ -65,19 +65,28 @@ class _Read:
     converted: Converted
 
 
-def load_checkpoint(path: Path, *, arch: str | None = None, drop_path: float = 0.0) -> FromFile:
+def load_checkpoint(
+    path: Path, *, arch: str | None = None, branch: str | None = None, drop_path: float = 0.0
+) -> FromFile:
     """Load a checkpoint file into the timm model that it belongs to.
 
     Args:
         path: any format of `formats.FORMATS`, recognised by its keys; with `arch`, anything that
             timm itself can convert too.
         arch: timm's name of the architecture, for what tensors cannot show.
+        branch: the part of the file to take, of several.
         drop_path: stochastic depth rate.
 
     Raises:
         ModelError: unreadable, unknown, or not exactly this model's tensors.
     """
-    unwrapped = unwrap(read_tree(path))
+    tree = read_tree(path)
+    if branch is not None and not isinstance(tree.get(branch), Mapping):
+        parts = [name for name, value in tree.items() if isinstance(value, Mapping)]
+        raise ModelError(
+            f"'{path}' has no part '{branch}'", expected=", ".join(parts) or "no parts at all"
+        )
+    unwrapped = unwrap(tree if branch is None else tree[branch], branch)
     if not unwrapped.tensors:
         raise ModelError(f"'{path}' is not a checkpoint: it holds no named tensors")
     format_ = recognise(unwrapped)
@@ -217,6 +226,8 @@ def _file_words(read: _Read) -> Callable[[str], str]:
     rules = read.format.rules if read.format else ()
 
     def say(name: str) -> str:
+        if read.format:
+            name = read.format.unfinish(name, read.converted.tensors)
         return came_from.get(name) or names_before(name, rules, read.unwrapped.tensors)
 
     return say
@@ -228,10 +239,13 @@ def _misfit(
     """An error about the tensors, in the file's own names."""
     assert read.format is not None
     say = _file_words(read)
-    words = re.sub(r"[a-z_]+(?:\.\w+)+|pos_embed|cls_token|\w+_token", lambda m: say(m[0]), what)
+
+    def words(text: str) -> str:
+        return re.sub(r"[a-z_]+(?:\.\w+)+|pos_embed|\w+_token", lambda m: say(m[0]), text)
+
     return ModelError(
-        f"'{read.path}' does not fit ({read.format.title}): {words}",
-        expected=expected,
+        f"'{read.path}' does not fit ({read.format.title}): {words(what)}",
+        expected=words(expected) if expected else None,
         fix=fix or "is the file whole, and as its project saved it?",
     )
 

@@ -92,9 +92,13 @@ class Unwrapped:
     beside: tuple[str, ...]
 
 
-def unwrap(tree: Mapping[str, Any]) -> Unwrapped:
-    """Find the state dict in a checkpoint; empty if there is none."""
-    branches: list[str] = []
+def unwrap(tree: Mapping[str, Any], entered: str | None = None) -> Unwrapped:
+    """Find the state dict in a checkpoint; empty if there is none.
+
+    Args:
+        entered: the branch that `tree` is already.
+    """
+    branches = [entered] if entered else []
     beside: tuple[str, ...] = ()
     while inner := _branch(tree):
         branches.append(inner)
@@ -116,9 +120,10 @@ def unwrap(tree: Mapping[str, Any]) -> Unwrapped:
         tensors = {
             k.removeprefix(nest.prefix): v for k, v in tensors.items() if k.startswith(nest.prefix)
         }
-        if projection is not None and projection.ndim:
-            tensors["head.weight"] = projection
-            tensors["head.bias"] = projection.new_zeros(len(projection))  # timm's head has one
+        if nest.projection and projection is not None and projection.ndim:
+            tensors[nest.projection] = projection
+            bias = nest.projection.replace("weight", "bias")
+            tensors[bias] = projection.new_zeros(len(projection))  # timm's head has one
         path += nest.prefix
     return Unwrapped(tensors, path, left_out, strangers, total, beside)
 
