@@ -22,24 +22,28 @@ SMALLEST = [
 ]
 
 
-def build(entry: Entry) -> Backbone:
-    """The model of an entry, without memory for its weights."""
+def build(entry: Entry) -> tuple[int, Backbone]:
+    """An entry's parameters, and its model without memory for weights and without a head."""
     size = entry.image_size
     assert size is not None
     with torch.device("meta"):
         if entry.student is not None:
-            return build_student(entry.student, image_size=size)
+            student = build_student(entry.student, image_size=size)
+            return student.parameters_count, student
         name = entry.architecture or entry.name.removeprefix("timm/")
         model = timm.create_model(name, **entry.arguments)
+        parameters = sum(p.numel() for p in model.parameters())
+        model.reset_classifier(0)
         zero = (0.0, 0.0, 0.0)
-        return Backbone(
-            model, mean=zero, std=zero, image_size=(size, size), origin=Origin(name, "none")
+        origin = Origin(name, "none")
+        return parameters, Backbone(
+            model, mean=zero, std=zero, image_size=(size, size), origin=origin
         )
 
 
 def check_numbers(entry: Entry) -> None:
-    model = build(entry)
-    assert model.parameters_count == entry.parameters
+    parameters, model = build(entry)
+    assert parameters == entry.parameters
     assert model.grid == entry.grid
     assert model.prefix_names == entry.prefix
     assert model.width == entry.width

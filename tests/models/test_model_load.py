@@ -266,7 +266,9 @@ def test_file_cut_off(tmp_path: Path, state: dict[str, Tensor]) -> None:
     for file in ("w.safetensors", "w.pth"):
         path = write(state, tmp_path / file)
         path.write_bytes(path.read_bytes()[:-1000])
-        assert "is truncated" in complaint(VIT, weights=str(path))
+        line = complaint(VIT, weights=str(path))
+        assert "is not a checkpoint" in line
+        assert "truncated" in line
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"epoch": 3}, torch.zeros(2), {"model": {}}])

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import featdistill
 
@@ -27,6 +29,17 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model={"name": "vit-t", **SHAPE}, steps=6, out=out, run={"tensorboard": False}, **TINY
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a dozen images of noise."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = torch.Generator().manual_seed(0)
+    for i in range(12):
+        pixels = torch.randint(0, 256, (80, 80, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,234 @@
+"""Checkpoint files beside the name of their architecture; parts of files; facts beside files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from featdistill.core.errors import ModelError
+from featdistill.models.checkpoints.families import swin_v2
+from featdistill.models.checkpoints.formats import FORMATS, SWIN_V2
+from featdistill.models.checkpoints.load import load_checkpoint
+from featdistill.models.checkpoints.tables import convert, revert
+from featdistill.models.load import load_backbone
+from featdistill.models.timm_models import create
+from tests.models.formats.parity import Case, images
+
+
+@pytest.fixture
+def dino_full(tmp_path: Path) -> Path:
+    return Case.read("dino-full").write(tmp_path)
+
+
+def test_the_report_counts_every_tensor(dino_full: Path) -> None:
+    origin = load_backbone(str(dino_full)).origin
+    assert origin.report is not None
+    assert origin.report.path == "teacher/backbone."
+    text = "\n".join(origin.loading)
+    left = sum(map(len, origin.report.left_out.values()))
+    total = len(Case.read("dino-full").tree()["teacher"])
+    assert (
+        f"loaded {total - left} of {total} tensors, renamed 0, resized 0, left out {left}" in text
+    )
+    assert "the projection head of the pre-training (head.*)" in text
+    assert "normalisation" in text
+    resized = load_backbone(str(dino_full), image_size=96).origin
+    assert "resized 1" in "\n".join(resized.loading)
+
+
+def test_a_normalisation_that_is_given_is_not_assumed(dino_full: Path) -> None:
+    backbone = load_backbone(str(dino_full), normalisation="half")
+    assert backbone.rgb == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert "normalisation" not in "\n".join(backbone.origin.loading)
+
+
+def test_another_part_of_the_file(dino_full: Path) -> None:
+    tree = Case.read("dino-full").tree()
+    student = load_backbone(str(dino_full), branch="student")
+    right = tree["student"]["module.backbone.blocks.1.attn.qkv.weight"]
+    assert torch.equal(student.model.blocks[1].attn.qkv.weight, right)
+    assert student.origin.report is not None
+    assert student.origin.report.path == "student/module.backbone."
+    with pytest.raises(ModelError, match="no part 'ema'; expected student, teacher"):
+        load_backbone(str(dino_full), branch="ema")
+
+
+def test_options_of_files_are_refused_where_there_is_no_file() -> None:
+    for option in ({"arch": "vit_tiny_patch16_224"}, {"branch": "ema"}, {"normalisation": "clip"}):
+        with pytest.raises(ModelError, match="no checkpoint file; leave it out"):
+            load_backbone("timm/vit_tiny_patch16_224", weights="random", **option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spelt", ["vit_tiny_patch16_224", "timm/vit_tiny_patch16_224"])
+def test_the_architecture_beside_the_file(tmp_path: Path, spelt: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=64)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    path = str(tmp_path / "w.safetensors")
+    backbone = load_backbone(path, arch=spelt)
+    again = load_backbone("timm/vit_tiny_patch16_224", weights=path)
+    assert backbone.image_size == again.image_size == (64, 64)
+    x = images(64)
+    assert torch.equal(backbone(x).logits, again(x).logits)
+    assert backbone.num_classes == 3
+
+
+def test_the_weights_tag_brings_its_normalisation(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    path = str(tmp_path / "w.safetensors")
+    assert load_backbone(path, arch="vit_tiny_patch16_224.augreg_in21k").rgb[0] == (0.5, 0.5, 0.5)
+    assert load_backbone(path).rgb[0] == pytest.approx((0.485, 0.456, 0.406))
+
+
+def test_another_family_than_the_named_one(dino_full: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds a plain ViT.*'swin_tiny.*' is a SwinTransformer"):
+        load_backbone(str(dino_full), arch="swin_tiny_patch4_window7_224")
+    with pytest.raises(ModelError, match=r"does not fit the model.*of another shape"):
+        load_backbone(str(dino_full), arch="vit_tiny_patch16_224")
+
+
+def test_what_only_timm_can_read(tmp_path: Path) -> None:
+    """A family without a table here: ConvNeXt, by timm's own conversion."""
+    model = timm.create_model("convnext_atto", num_classes=4)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "w.pth")
+    path = str(tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"of no known format \(stem.*timm/NAME"):
+        load_backbone(path)
+    backbone = load_backbone("timm/convnext_atto", weights=path)
+    x = (images(64) - backbone.mean) / backbone.std
+    torch.testing.assert_close(backbone(images(64)).logits, model.eval()(x))
+    tensors = model.state_dict()
+    tensors.pop("stages.0.blocks.0.mlp.fc1.weight")
+    torch.save({"state_dict": tensors}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=r"1 missing \(stages\.0\.blocks\.0\.mlp\.fc1\.weight\)"):
+        load_backbone("timm/convnext_atto", weights=path)
+
+
+# --- CLIP: what tensors do not show
+
+
+def test_a_clip_of_unknown_activation_asks_for_its_name(tmp_path: Path) -> None:
+    path = Case.read("open-clip-gelu").write(tmp_path)
+    with pytest.raises(ModelError, match=r"activation cannot be told.*clip_quickgelu_224"):
+        load_backbone(str(path))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"quick_gelu": True, "vision_cfg": {}}})
+    )
+    assert type(load_backbone(str(path)).model.blocks[0].mlp.act).__name__ == "QuickGELU"
+
+
+def test_a_clip_in_timms_names(tmp_path: Path) -> None:
+    arguments = {"embed_dim": 64, "depth": 2, "num_heads": 1, "num_classes": 16, "img_size": 64}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_clip_quickgelu_224", **arguments).eval()
+    tensors = {k: v.half() for k, v in model.state_dict().items()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    backbone = load_backbone(str(tmp_path / "w.safetensors"))
+    assert backbone.mean.flatten()[0] == pytest.approx(0.48145466)
+    assert backbone(images(64)).logits is None
+    assert backbone(images(64)).pooled.shape == (2, 16)
+    assert backbone.num_classes == 0
+
+
+def test_a_clip_with_a_resnet(tmp_path: Path) -> None:
+    torch.save({"visual.layer1.0.conv1.weight": torch.ones(1)}, tmp_path / "RN50.pt")
+    with pytest.raises(ModelError, match=r"ResNet as its image tower.*timm/resnet50_clip.openai"):
+        load_backbone(str(tmp_path / "RN50.pt"))
+
+
+# --- what equal tensors could hide
+
+
+def test_epsilons(tmp_path: Path) -> None:
+    def epsilons(name: str) -> set[float]:
+        folder = tmp_path / name
+        folder.mkdir()
+        backbone = load_backbone(str(Case.read(name).write(folder)))
+        norms = (m for m in backbone.model.modules() if isinstance(m, torch.nn.LayerNorm))
+        return {norm.eps for norm in norms}
+
+    assert epsilons("dino-backbone") == epsilons("beit-finetuned") == epsilons("esvit-w3") == {1e-6}
+    assert epsilons("clip-state") == epsilons("swin") == epsilons("fd-swin-finetuned") == {1e-5}
+    assert epsilons("dinov3") == {1e-5}
+
+
+def test_a_buffer_of_another_window_is_found_out(tmp_path: Path) -> None:
+    tree = Case.read("swin").tree()
+    name = "layers.0.blocks.0.attn.relative_position_index"
+    tree["model"][name] = tree["model"][name].flip(0)
+    torch.save(tree, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=f"other than the model computes \\({name}"):
+        load_backbone(str(tmp_path / "w.pth"))
+
+
+# --- the giant
+
+
+GIANT = {
+    "img_size": 256,
+    "embed_dim": 512,
+    "depths": (2, 2, 42, 4),
+    "num_heads": (16, 32, 64, 128),
+    "window_size": 8,
+    "num_classes": 0,
+    "end_norm_period": 6,
+}
+
+
+def test_swin_v2_g_on_the_meta_device() -> None:
+    """SwinV2-G (Liu et al. 2022): 512 channels, depths 2, 2, 42, 4, a norm after every 6 blocks."""
+    with torch.device("meta"):
+        model = create("swinv2_tiny_window8_256", **GIANT)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(3.0, abs=0.05)
+    extra = [n for n in model.state_dict() if ".enorm.weight" in n]
+    assert [n.split(".")[1] for n in extra] == ["2"] * 7
+    assert [int(n.split(".")[3]) % 6 for n in extra] == [5] * 7
+    # out to the official names and back by the same table, and recognised
+    official = revert(model.state_dict(), SWIN_V2.rules)
+    assert official.strangers == ()
+    assert next(f for f in FORMATS if f.recognises(official.tensors)) is SWIN_V2
+    back = convert(official.tensors, SWIN_V2.rules)
+    assert back.strangers == ()
+    assert back.tensors.keys() == model.state_dict().keys()
+    plan = swin_v2(back.tensors, {"windows": [8, 8, 8, 8]})
+    assert {k: plan.build.arguments[k] for k in GIANT} == GIANT
+
+
+def test_timms_own_giant_on_the_meta_device() -> None:
+    """timm's `swinv2_cr_giant` has two blocks less in its last stage than SwinV2-G, and other
+    coordinates for its bias: official weights do not fit it, its own do."""
+    with torch.device("meta"):
+        model = timm.create_model("swinv2_cr_giant_224", num_classes=0, depths=(2, 2, 42, 4))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(3.0, abs=0.05)
+    assert sum(".norm3.weight" in n for n in model.state_dict()) >= 7
+    assert not any(f.recognises(model.state_dict()) for f in FORMATS)
+
+
+def test_timms_cr_family_by_name(tmp_path: Path) -> None:
+    model = timm.create_model("swinv2_cr_tiny_ns_224", num_classes=0)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    backbone = load_backbone("timm/swinv2_cr_tiny_ns_224", weights=str(tmp_path / "w.safetensors"))
+    assert backbone.grid == (7, 7)
+    assert load_checkpoint(tmp_path / "w.safetensors", arch="swinv2_cr_tiny_ns_224").build
+
+
+def test_end_norms_survive_another_size_and_a_classifier(tmp_path: Path) -> None:
+    from featdistill.models.classifier import build_classifier
+
+    path = Case.read("fd-swin-extra-norm").write(tmp_path)
+    backbone = load_backbone(str(path), image_size=192)
+    classifier = build_classifier(backbone, class_names=("a", "b"))
+    for a, b in ((backbone, classifier),):
+        assert torch.equal(
+            a.model.layers[0].blocks[1].enorm.weight, b.model.layers[0].blocks[1].enorm.weight
+        )
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            classifier(images(192)).map, backbone(images(192)).map, atol=1e-5
+        )
