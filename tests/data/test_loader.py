@@ -17,6 +17,7 @@ from featdistill.data.decode import BadImage
 from featdistill.data.loader import (
     Share,
     default_workers,
+    listed_batches,
     ordered_batches,
     plainly,
     steps_per_epoch,
@@ -221,3 +222,33 @@ def test_a_score_needs_every_image(source: Damaged, workers: int) -> None:
 def test_default_workers_leave_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     assert [default_workers(n) for n in (1, 2, 8, 16)] == [7, 3, 0, 0]
+
+
+# --- given batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_listed_batches_are_the_given_ones(source: Damaged, workers: int) -> None:
+    wanted = [range(3), range(7, 9), [21, 0]]
+    found = list(plainly(listed_batches(source, EvalView(8), batches=wanted, workers=workers)))
+    assert [b.indices.tolist() for b in found] == [list(w) for w in wanted]
+    for b in found:
+        assert b.labels is not None
+        assert source.labels is not None
+        assert b.labels.tolist() == source.labels[b.indices.numpy()].tolist()
+        for row, index in enumerate(b.indices.tolist()):
+            assert torch.equal(b.images[row], EvalView(8)(source.read(index))[0])
+
+
+def test_an_unreadable_listed_image_is_black_and_named(source: Damaged) -> None:
+    damaged = replace(source, bad=frozenset({1, 2}))
+    [first, second] = listed_batches(damaged, EvalView(8), batches=[[0, 1], [2]])
+    whole = next(iter(listed_batches(source, EvalView(8), batches=[[0]])))
+    assert torch.equal(first.images[0], whole.images[0])
+    assert not first.images[1].any()
+    assert not second.images.any()
+    assert first.images.shape[1:] == second.images.shape[1:]
+    assert [(r.index, r.reason, r.substitute) for b in (first, second) for r in b.replaced] == [
+        (1, "made[1]: bad bytes", None),
+        (2, "made[2]: bad bytes", None),
+    ]

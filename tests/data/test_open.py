@@ -192,6 +192,16 @@ def parquet(file: Path, columns: dict[str, Any], metadata: str | None = None) ->
     return file
 
 
+def test_parquet_images_without_a_name_are_numbered(
+    tmp_path: Path, cells: list[dict[str, Any]]
+) -> None:
+    nameless: list[Any] = [cells[0], None, {**cells[1], "path": None}]
+    file = parquet(tmp_path / "a.parquet", {"image": nameless})
+    assert names_of(open_data(str(file)).train) == ["0.png", "a.parquet[1]", "a.parquet[2]"]
+    plain = parquet(tmp_path / "b.parquet", {"image": [cells[0]["bytes"]]})
+    assert names_of(open_data(str(plain)).train) == ["b.parquet[0]"]
+
+
 def test_parquet_with_numbers_as_labels(tmp_path: Path, cells: list[dict[str, Any]]) -> None:
     file = parquet(tmp_path / "a.parquet", {"image": cells, "label": [2, 0, 1]})
     train = open_data(str(file)).train

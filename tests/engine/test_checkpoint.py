@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_earlier_ones(
     assert not list(store.folder.glob(".writing*"))
 
 
-@pytest.mark.parametrize("killed_in", ["save_file", "write_json", "_sync"])
+@pytest.mark.parametrize("killed_in", ["save_file", "write_json", "sync"])
 def test_a_kill_while_writing_leaves_the_earlier_ones(
     store: Checkpoints, killed_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

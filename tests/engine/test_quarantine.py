@@ -82,3 +82,14 @@ def test_a_kill_at_any_byte_is_survived(file: Path, reason: str) -> None:
         resumed.add(bad(1, 2, 3, reason=reason))
         assert len(resumed) == 3, end
         assert len(Quarantine(file, images=100, limit=1.0)) == 3, end
+
+
+def test_a_resume_past_the_limit_ends_again_until_the_limit_is_raised(file: Path) -> None:
+    with pytest.raises(DataError):
+        Quarantine(file, images=100, limit=0.01).add(bad(1, 2))
+    again = Quarantine(file, images=100, limit=0.01)
+    again.add([])
+    with pytest.raises(DataError, match=r"2 of 100 images cannot be read, the last: 1.jpg"):
+        again.add(bad(1))
+    Quarantine(file, images=100, limit=0.02).add(bad(1, 2))
+    assert len(file.read_text().splitlines()) == 2

@@ -68,6 +68,15 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

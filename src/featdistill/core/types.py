@@ -47,11 +47,15 @@ class Features:
 
 @dataclass(frozen=True)
 class Replaced:
-    """A sample that could not be read: its index, the reason, and what stands in for it."""
+    """A sample that could not be read: its index, the reason, and what stands in for it.
+
+    Attributes:
+        substitute: the sample that is shown instead; None: a black image.
+    """
 
     index: int
     reason: str
-    substitute: int
+    substitute: int | None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ of its own, no image is left out for good.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,15 +186,32 @@ class _InOrder(Dataset[_Sample]):
 
     def __getitem__(self, index: int) -> _Sample:
         try:
-            image = self.source.read(index)
+            return self._sample(index, self.source.read(index))
         except BadImage as error:
-            raise DataError(
-                f"cannot read '{self.source.identify(index)}' of '{self.source.name}': {error}",
-                fix="mend or remove it; a score needs every image",
-            ) from None
+            return self._unreadable(index, error)
+
+    def _sample(self, index: int, image: Tensor, replaced: tuple[Replaced, ...] = ()) -> _Sample:
         labels = self.source.labels
         label = None if labels is None else int(labels[index])
-        return _Sample(self.view(image, (0, 0, index)), label, Item(0, index, index), ())
+        return _Sample(self.view(image, (0, 0, index)), label, Item(0, index, index), replaced)
+
+    def _unreadable(self, index: int, error: BadImage) -> _Sample:
+        raise DataError(
+            f"cannot read '{self.source.identify(index)}' of '{self.source.name}': {error}",
+            fix="mend or remove it; a score needs every image",
+        ) from None
+
+
+class _Blackened(_InOrder):
+    """Likewise, but a black image stands in for an unreadable one, and the sample says so.
+
+    Every batch keeps its size: what a model says of an image does not depend on its neighbours.
+    """
+
+    def _unreadable(self, index: int, error: BadImage) -> _Sample:
+        reason = f"{self.source.identify(index)}: {error}"
+        black = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return self._sample(index, black, (Replaced(index, reason, None),))
 
 
 def ordered_batches(
@@ -218,6 +235,32 @@ def ordered_batches(
         num_workers=workers,
         collate_fn=collate,
         generator=torch_generator("ordered"),
+    )
+
+
+def listed_batches(
+    source: Source,
+    view: View,
+    *,
+    batches: Sequence[Sequence[int]],
+    workers: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Given batches of a source's images; the unreadable ones are black, and named in `replaced`.
+
+    Args:
+        batches: the images' numbers, batch by batch.
+        workers: loading processes; None: by the cores, and none for a few images.
+    """
+    if workers is None:
+        workers = 0 if sum(map(len, batches)) < _FEW else default_workers()
+    return DataLoader(
+        _Blackened(source, view),  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=min(workers, len(batches)),
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        generator=torch_generator("listed"),
     )
 
 

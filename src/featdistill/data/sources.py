@@ -5,7 +5,7 @@ A source is a sequence of images with, if there are any, labels; it does no rand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,10 +111,13 @@ class ArrowSource:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def _cell(self, index: int) -> dict[str, Any]:
+    def _scalar(self, index: int) -> Any:
         chunk = int(np.searchsorted(self._ends, index, side="right"))
         start = int(self._ends[chunk - 1]) if chunk else 0
-        value = self._chunks[chunk][index - start].as_py()
+        return self._chunks[chunk][index - start]
+
+    def _cell(self, index: int) -> dict[str, Any]:
+        value = self._scalar(index).as_py()
         return value if isinstance(value, dict) else {"bytes": value, "path": None}
 
     def read(self, index: int) -> Tensor:
@@ -129,7 +132,10 @@ class ArrowSource:
         raise BadImage("the cell holds neither bytes nor a path")
 
     def identify(self, index: int) -> str:
-        return self._cell(index).get("path") or f"{self.name}[{index}]"
+        scalar = self._scalar(index)
+        # the name alone: to list a million images must not read them
+        named = isinstance(scalar, Mapping) and "path" in scalar
+        return (scalar["path"].as_py() if named else None) or f"{self.name}[{index}]"
 
 
 @dataclass(frozen=True)

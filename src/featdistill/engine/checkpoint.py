@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featdistill.core.errors import RunError
-from featdistill.core.records import write_json
+from featdistill.core.records import sync, write_json
 from featdistill.models.weights import file_hash
 
 FORMAT = 1
@@ -77,14 +77,14 @@ class Checkpoints:
             for name, tensors in files.items():
                 file = temporary / f"{name}.safetensors"
                 save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-                _sync(file)
+                sync(file)
                 checksums[file.name] = file_hash(file)
             manifest = {"format": FORMAT, "step": step, "sha256": checksums, **extra}
             write_json(temporary / "manifest.json", manifest)
-            _sync(temporary)
+            sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.rename(temporary, final)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
@@ -143,14 +143,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, int(manifest["step"]), files, manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint '{path}' is damaged ({error})") from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def training_state(

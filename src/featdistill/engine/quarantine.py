@@ -32,10 +32,11 @@ class Quarantine:
         return len(self._known)
 
     def add(self, replaced: Iterable[Replaced]) -> None:
-        """Note images; raises DataError once their share passes the limit."""
-        new = list({r.index: r for r in replaced if r.index not in self._known}.values())
-        if not new:
+        """Note images; raises DataError while their share is past the limit."""
+        found = {r.index: r for r in replaced}
+        if not found:
             return
+        new = [r for r in found.values() if r.index not in self._known]
         with open(self.file, "a", encoding="utf-8") as out:
             for r in new:
                 self._known.add(r.index)
@@ -43,7 +44,7 @@ class Quarantine:
         if len(self._known) > self.limit * self.images:
             raise DataError(
                 f"{len(self._known)} of {self.images} images cannot be read, the last: "
-                f"{new[-1].reason}",
+                f"{list(found.values())[-1].reason}",
                 expected=f"at most {self.limit:.2%} (--data.bad_image_limit)",
                 fix=f"see '{self.file}'",
             )

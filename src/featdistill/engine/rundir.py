@@ -25,6 +25,7 @@ _HARMLESS = frozenset(
         "run.checkpoint_every",
         "run.checkpoint_keep",
         "run.tensorboard",
+        "run.preflight",
         "schedule.stop_at",
         "data.workers",
         "data.bad_image_limit",
