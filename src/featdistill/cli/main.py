@@ -17,6 +17,7 @@ SUMMARIES = (
     ("finetune", "fine-tune a backbone for classification"),
     ("knn", "classify by nearest neighbours in frozen features"),
     ("predict", "classify images with a fine-tuned model"),
+    ("features", "write the features of images to safetensors or parquet"),
     ("pretrain", "make a contrastive teacher from your own images (SimCLR)"),
     ("export", "write a model as a folder that plain timm loads"),
     ("models", "list the students, and search timm for teachers"),

@@ -119,7 +119,7 @@ def _entry(option: str, leaf: Leaf | None, text: str = "") -> list[str]:
         text = leaf.description
         if leaf.default is ...:
             text += " (required)"
-        elif leaf.default not in (None, ""):
+        elif leaf.default not in (None, "", ()):
             text += f" [{_show(leaf.default)}]"
     lines = textwrap.wrap(text, 66) or [""]
     head = f"  {option:<28}"

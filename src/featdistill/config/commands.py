@@ -45,6 +45,7 @@ _TRAIN = {
 _TEACHER = {
     "teacher": "teacher.spec",
     "teacher-weights": "teacher.weights",
+    "teacher-arch": "teacher.arch",
     "teacher-layer": "teacher.layer",
     "teacher-image-size": "teacher.image_size",
 }
@@ -78,6 +79,14 @@ class Command(Section):
     positional: ClassVar[str | None] = None
 
 
+class DistillRunConfig(RunConfig):
+    """Where a distillation lives, and whether it looks before it leaps."""
+
+    preflight: bool = Field(
+        True, description="take a dry step first, and say what the run will cost"
+    )
+
+
 class DistillConfig(Command):
     """Teach a fresh student the whitened feature map of a frozen teacher."""
 
@@ -95,10 +104,10 @@ class DistillConfig(Command):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig(epochs=300)
-    run: RunConfig
+    run: DistillRunConfig
 
 
-class CheckRunConfig(RunConfig):
+class CheckRunConfig(DistillRunConfig):
     """A dry run: nothing is written."""
 
     out: str = Field("", description="not used: nothing is written")
@@ -121,6 +130,7 @@ class FinetuneConfig(Command):
     flat = {
         "model": "model.spec",
         "weights": "model.weights",
+        "arch": "model.arch",
         **_DATA,
         "labels": "data.labels",
         **_RUN,
@@ -220,6 +230,7 @@ class PredictConfig(Command):
     flat = {
         "model": "model.spec",
         "weights": "model.weights",
+        "arch": "model.arch",
         "data": "data.path",
         **_RUN,
         "top": "top",
@@ -235,6 +246,71 @@ class PredictConfig(Command):
     run: EvalRunConfig = EvalRunConfig()
 
 
+class FeaturesRunConfig(Section):
+    """Where features are written and what computes them."""
+
+    out: str = Field(description="output folder; new, or empty, or to be resumed")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    resume: bool = Field(False, description="continue what was begun in the output folder")
+
+
+class FeaturesConfig(Command):
+    """Write the features of images to files."""
+
+    summary = "write the features of images to safetensors or parquet"
+    example = "featdistill features --model runs/distilled --data IMAGES --out features"
+    flat = {
+        "model": "model.spec",
+        "weights": "model.weights",
+        "arch": "model.arch",
+        **_DATA,
+        "part": "part",
+        **_RUN,
+        "what": "what",
+        "layers": "layers",
+        "format": "format",
+        "dtype": "dtype",
+        "image-size": "view.image_size",
+        "batch-size": "data.batch_size",
+        "workers": "data.workers",
+        "shard-images": "shard_images",
+        "resume": "run.resume",
+    }
+
+    model: ModelConfig
+    data: DataConfig
+    part: Literal["train", "val", "test"] | None = Field(
+        None, description="train, val or test; the held-out part by default, if there is one"
+    )
+    view: EvalViewConfig = EvalViewConfig()
+    what: tuple[Literal["pooled", "mean", "map", "prefix", "logits"], ...] = Field(
+        ("pooled",),
+        description="pooled (as the model pools), mean (of the map), map, prefix, logits; several "
+        "separated by commas",
+    )
+    layers: tuple[int, ...] = Field(
+        (),
+        description="intermediate layers to write too: of each those of mean, map and prefix that "
+        "--what names, or else map and prefix; negative from the end",
+    )
+    format: Literal["safetensors", "parquet"] = Field(
+        "safetensors", description="safetensors or parquet"
+    )
+    dtype: Literal["float32", "float16"] = Field("float32", description="float32 or float16")
+    shard_images: Positive | None = Field(
+        None, description="images for each file; at most 4096 and 512 MiB by default"
+    )
+    run: FeaturesRunConfig
+
+    @field_validator("what")
+    @classmethod
+    def _something(cls, what: tuple[str, ...]) -> tuple[str, ...]:
+        if not what:
+            raise ValueError("name at least one of pooled, mean, map, prefix and logits")
+        return what
+
+
 class CompareConfig(Command):
     """Is the distilled model better than what you had? Fine-tunes both, and a fresh one."""
 
@@ -246,8 +322,10 @@ class CompareConfig(Command):
     flat = {
         "teacher": "teacher.spec",
         "teacher-weights": "teacher.weights",
+        "teacher-arch": "teacher.arch",
         "student": "student.spec",
         "student-weights": "student.weights",
+        "student-arch": "student.arch",
         "scratch": "scratch",
         **_DATA,
         "labels": "data.labels",
@@ -299,7 +377,13 @@ class ExportConfig(Command):
 
     summary = "write a model as a folder that plain timm loads"
     example = "featdistill export --model runs/distilled --out exported"
-    flat = {"model": "model.spec", "weights": "model.weights", "to": "to", "out": "out"}
+    flat = {
+        "model": "model.spec",
+        "weights": "model.weights",
+        "arch": "model.arch",
+        "to": "to",
+        "out": "out",
+    }
     positional = "model"
 
     model: ModelConfig
@@ -351,6 +435,7 @@ COMMANDS: dict[str, type[Command]] = {
     "finetune": FinetuneConfig,
     "knn": KnnCommandConfig,
     "predict": PredictConfig,
+    "features": FeaturesConfig,
     "pretrain": PretrainConfig,
     "export": ExportConfig,
     "models": ModelsConfig,

@@ -118,7 +118,8 @@ def _optional_sections(schema: type[Command]) -> set[str]:
 
 def unknown_option(schema: type[Command], name: str) -> str:
     """One line for an option that does not exist, with the nearest that does."""
-    names = [*schema.flat, *leaves(schema), "recipe", "config", "print-config", "help"]
+    known = [*schema.flat, *leaves(schema), "recipe", "config", "print-config", "help"]
+    names = dict.fromkeys(known)  # an option without a section is among both
     flat_last = {path.rsplit(".", 1)[-1].replace("_", "-"): path for path in leaves(schema)}
     bare = name.replace("_", "-")
     hint = f"did you mean '{flat_last[bare]}'?" if bare in flat_last else did_you_mean(bare, names)

@@ -15,6 +15,7 @@ _HOMES = {
     "finetune": "finetune",
     "knn": "knn",
     "predict": "predict",
+    "features": "features",
     "pretrain": "pretrain",
     "export": "export",
     "models": "models",

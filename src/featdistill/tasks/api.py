@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featdistill.tasks.check import CheckResult
     from featdistill.tasks.compare import CompareResult
     from featdistill.tasks.distill import DistillResult
+    from featdistill.tasks.features import FeaturesResult
     from featdistill.tasks.finetune import FinetuneResult
     from featdistill.tasks.knn import KnnResult
     from featdistill.tasks.predict import PredictResult
@@ -66,6 +67,17 @@ def knn(**options: Any) -> KnnResult:
 def predict(**options: Any) -> PredictResult:
     """Classify images; wants `model` and `data`."""
     return _call("predict", options)
+
+
+def features(**options: Any) -> FeaturesResult:
+    """Write the features of images to files; wants `model`, `data` and `out`.
+
+    `what` and `layers` may be one value or a list.
+    """
+    for name in ("what", "layers"):
+        if isinstance(options.get(name), str | int):
+            options[name] = str(options[name]).split(",")
+    return _call("features", options)
 
 
 def compare(**options: Any) -> CompareResult:

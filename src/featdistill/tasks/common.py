@@ -2,25 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from featdistill.config.sections import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig
-from featdistill.core.errors import ConfigError
+from featdistill.config.sections import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+from featdistill.core.errors import ConfigError, DataError
+from featdistill.data.index import EXTENSIONS
 from featdistill.data.loader import steps_per_epoch
 from featdistill.data.open import open_data
 from featdistill.data.parts import Data
-from featdistill.data.sources import Source
+from featdistill.data.sources import FileSource, Source
 from featdistill.data.views import View
 from featdistill.engine.loop import Plan
 from featdistill.engine.runtime import Runtime, limit_threads
 from featdistill.engine.schedule import Schedule, build_schedule, scaled_rate
+from featdistill.engine.tracking import say
+from featdistill.models.backbone import Backbone
+from featdistill.models.load import load_backbone
+
+PartName = Literal["train", "val", "test"]
+
+
+def model_of(
+    config: ModelConfig,
+    *,
+    image_size: int | None = None,
+    seed: int = 0,
+    drop_path: float = 0.0,
+    always_drop_path: bool = False,
+    quiet: bool = False,
+) -> Backbone:
+    """The model that a configuration names; what became of a checkpoint's tensors is said."""
+    backbone = load_backbone(
+        config.spec,
+        weights=config.weights,
+        arch=config.arch,
+        branch=config.branch,
+        normalisation=config.normalisation,
+        image_size=image_size,
+        bias_resampling=config.bias_resampling,
+        drop_path=drop_path,
+        always_drop_path=always_drop_path,
+        seed=seed,
+    )
+    if not quiet and backbone.origin.loading:
+        say(f"'{backbone.origin.spec}', {backbone.origin.weights}")
+        for line in backbone.origin.loading:
+            say(f"  {line}")
+    return backbone
 
 
 def data_of(config: DataConfig, seed: int) -> Data:
     """The data that a configuration names, without its label budget."""
     return open_data(config.path, val=config.val, val_fraction=config.val_fraction, seed=seed)
+
+
+def part_of(data: Data, part: PartName | None = None) -> Source:
+    """A part of the data; the held-out one where none is named, or everything without parts.
+
+    Raises:
+        DataError: there is no such part.
+    """
+    if part is None:
+        return data.train if data.held_out is None else data.held_out
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    found = parts[part]
+    if found is None:
+        raise DataError(
+            f"the data have no {part} part",
+            fix=f"give --part {' or '.join(name for name, p in parts.items() if p is not None)}",
+        )
+    return found
+
+
+def images_of(config: DataConfig, *, part: PartName | None = None, seed: int = 0) -> Source:
+    """The images that a command looks at: a part of the data, or a single image file."""
+    where = Path(config.path)
+    if where.is_file() and where.suffix.lower() in EXTENSIONS:
+        return FileSource(config.path, where.parent, (where.name,))
+    return part_of(data_of(config, seed), part)
 
 
 def refuse_labels(config: DataConfig) -> None:

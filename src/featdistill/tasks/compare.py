@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from featdistill.config.commands import CompareConfig
+from featdistill.config.sections import ModelConfig
 from featdistill.core.errors import ConfigError
 from featdistill.core.records import read_record, write_record
 from featdistill.data.loader import steps_per_epoch
@@ -28,10 +29,9 @@ from featdistill.engine.schedule import scaled_rate
 from featdistill.engine.tracking import console, duration, say
 from featdistill.evaluation.paired import differences, verdict
 from featdistill.models.backbone import Backbone
-from featdistill.models.load import load_backbone
 from featdistill.models.students import build_fresh
 from featdistill.models.weights import tensors_hash
-from featdistill.tasks.common import data_of, plain, runtime_of, schedule_of
+from featdistill.tasks.common import data_of, model_of, plain, runtime_of, schedule_of
 from featdistill.tasks.finetune import check_labels, classification, score_arrays, tune
 from featdistill.tasks.knn import knn_of
 
@@ -142,7 +142,7 @@ def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:
 
 def _own_size(config: CompareConfig) -> int:
     """The student's own image size, at which all rows are compared unless told otherwise."""
-    return load_backbone(config.student.spec, weights=config.student.weights).image_size[0]
+    return model_of(config.student, quiet=True).image_size[0]
 
 
 def _check_sizes(config: CompareConfig, train: Source) -> None:
@@ -164,16 +164,17 @@ def _check_sizes(config: CompareConfig, train: Source) -> None:
 
 
 def _rows(config: CompareConfig, size: int) -> list[Row]:
-    def loaded(spec: str, weights: str) -> Callable[[int], Backbone]:
-        return lambda _: load_backbone(spec, weights=weights, image_size=size, seed=config.run.seed)
+    def loaded(model: ModelConfig) -> Callable[[int], Backbone]:
+        return lambda _: model_of(model, image_size=size, seed=config.run.seed, quiet=True)
 
-    student = loaded(config.student.spec, config.student.weights)
+    student = loaded(config.student)
     rows = [
-        Row("teacher", "Teacher", loaded(config.teacher.spec, config.teacher.weights)),
+        Row("teacher", "Teacher", loaded(config.teacher)),
         Row("student", "Distilled student", student),
     ]
     shape = student(0)
-    rows[0].make(0)  # a model that cannot be loaded is said so now
+    # a model that cannot be loaded is said so now, and what became of its tensors
+    model_of(config.teacher, image_size=size, seed=config.run.seed)
     if config.scratch and shape.build is not None:
         mean, std = shape.rgb
         build = shape.build

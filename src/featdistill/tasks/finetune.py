@@ -26,9 +26,15 @@ from featdistill.evaluation.classification import Scores, score
 from featdistill.models.backbone import Backbone
 from featdistill.models.classifier import build_classifier
 from featdistill.models.export import export_timm
-from featdistill.models.load import load_backbone
 from featdistill.objectives.classification import Classification
-from featdistill.tasks.common import data_of, plain, plan_of, runtime_of, schedule_of
+from featdistill.tasks.common import (
+    data_of,
+    model_of,
+    plain,
+    plan_of,
+    runtime_of,
+    schedule_of,
+)
 
 
 @dataclass(frozen=True)
@@ -206,12 +212,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         config.schedule, config.optimizer, images=len(train), batch_size=config.data.batch_size
     )
     runtime = runtime_of(config.run)
-    backbone = load_backbone(
-        config.model.spec,
-        weights=config.model.weights,
-        image_size=config.view.image_size,
-        seed=config.run.seed,
-    )
+    backbone = model_of(config.model, image_size=config.view.image_size, seed=config.run.seed)
     objective = classification(backbone, config, classes=classes, runtime=runtime)
     folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     say(

@@ -14,17 +14,12 @@ from rich.table import Table
 from featdistill.config.commands import PredictConfig
 from featdistill.core.errors import ModelError
 from featdistill.core.records import write_record
-from featdistill.data.index import EXTENSIONS
 from featdistill.data.loader import ordered_batches, plainly
-from featdistill.data.open import open_data
-from featdistill.data.parts import Data
-from featdistill.data.sources import FileSource, Source
 from featdistill.data.views import EvalView
 from featdistill.engine.rundir import check_out
 from featdistill.engine.runtime import limit_threads, pick_device
 from featdistill.engine.tracking import say
-from featdistill.models.load import load_backbone
-from featdistill.tasks.common import plain
+from featdistill.tasks.common import images_of, model_of, plain
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,8 @@ def run(config: PredictConfig) -> PredictResult:
     if config.run.out is not None:
         check_out(config.run.out, resume=False)
     limit_threads()
-    source = _images(config.data.path)
-    model = load_backbone(
-        config.model.spec, weights=config.model.weights, image_size=config.view.image_size
-    )
+    source = images_of(config.data)
+    model = model_of(config.model, image_size=config.view.image_size)
     if not model.num_classes:
         raise ModelError(
             f"'{config.model.spec}' is no classifier",
@@ -86,14 +79,6 @@ def run(config: PredictConfig) -> PredictResult:
     files = _write(config, found)
     say(f"written: {files[0]}, {files[1]}")
     return PredictResult(tuple(found), *files)
-
-
-def _images(path: str) -> Source:
-    where = Path(path)
-    if where.is_file() and where.suffix.lower() in EXTENSIONS:
-        return FileSource(path, where.parent, (where.name,))
-    data: Data = open_data(path)
-    return data.held_out or data.train
 
 
 def _table(predictions: list[Prediction]) -> Table:
