@@ -13,7 +13,7 @@ from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
 from featdistill.models.classifier import build_classifier
 from featdistill.models.load import load_backbone
-from featdistill.models.transfer import SHARED_TABLE, layer_table
+from featdistill.models.positions import SHARED_TABLE, layer_table
 from featdistill.models.weights import tensors_hash
 
 NAMES = ("cat", "dog", "hen")

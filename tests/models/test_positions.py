@@ -13,10 +13,17 @@ from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from featdistill.models.positions import (
+    SHARED_TABLE,
     carry_positions,
+    layer_table,
     resize_absolute,
     resize_bias_table,
+    tie_tables,
+    untie_tables,
 )
+from tests.models.model_zoo import images, small
+
+BEIT = {"use_abs_pos_emb": False, "global_pool": "token"}
 
 
 def table(window: int, heads: int = 2, extra: int = 0) -> Tensor:
@@ -101,6 +108,31 @@ def test_linear_stretches_the_whole_table() -> None:
     image = Image.fromarray(on_grid(table(4), 4)[0].numpy())
     right = np.asarray(image.resize((15, 15), Image.Resampling.BICUBIC))
     np.testing.assert_allclose(on_grid(got, 8)[0], right, atol=1e-5)
+
+
+def test_a_shared_table_as_copies_and_back() -> None:
+    shared = small(
+        "beit_base_patch16_224", use_shared_rel_pos_bias=True, use_rel_pos_bias=False, **BEIT
+    )
+    layered = small("beit_base_patch16_224", use_rel_pos_bias=True, **BEIT)
+    state = shared.model.state_dict()
+    copies = untie_tables(state, layers=3)
+    layered.model.load_state_dict(copies)
+    x = images(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(layered(x).map, shared(x).map)
+    back, lost = tie_tables(copies, layers=3)
+    assert lost == 0
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_different_tables_become_their_mean() -> None:
+    tensors = {layer_table(i): torch.full((4, 1), float(i)) for i in range(3)}
+    tied, lost = tie_tables({**tensors, "x": torch.ones(1)}, layers=3)
+    assert tied.keys() == {SHARED_TABLE, "x"}
+    assert torch.equal(tied[SHARED_TABLE], torch.ones(4, 1))
+    assert lost == 1
 
 
 def test_swin_keeps_its_tables_while_its_windows_fit() -> None:

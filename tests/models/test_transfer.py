@@ -8,7 +8,8 @@ from model_zoo import images, small, small_beit, small_swin, small_vit
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
-from featdistill.models.transfer import SHARED_TABLE, continue_from, layer_table
+from featdistill.models.positions import SHARED_TABLE, layer_table
+from featdistill.models.transfer import continue_from
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -143,3 +144,12 @@ def test_pairs_that_are_refused(student: object, source: object, words: str) -> 
 def test_same_shapes_but_other_mathematics_are_refused(student: object, source: object) -> None:
     with pytest.raises(ModelError):
         continue_from(student(), source())
+
+
+def test_bias_of_each_layer_goes_into_a_shared_one() -> None:
+    source, student = small_beit("rpb"), small_beit("shared-rpb")
+    notes = continue_from(student, source)
+    tables = [source.model.state_dict()[layer_table(i)] for i in range(3)]
+    mean = torch.stack(tables).mean(0)
+    assert torch.allclose(student.model.state_dict()[SHARED_TABLE], mean)
+    assert any("the layers' mean" in note for note in notes)

@@ -24,8 +24,8 @@ from featdistill.core.errors import ModelError
 from featdistill.core.seeds import seeded_globals
 from featdistill.models.backbone import Backbone, TimmBuild
 from featdistill.models.layout import layout_of
+from featdistill.models.positions import SHARED_TABLE, untie_tables
 from featdistill.models.timm_models import create, drop_path_argument
-from featdistill.models.transfer import SHARED_TABLE, layer_table
 from featdistill.models.weights import load_exactly
 
 PoolName = Literal["mean", "cls"]
@@ -94,7 +94,7 @@ def _rebuild(
         fresh = ("norm.", "fc_norm.", "head.", "attn_pool.")
         if SHARED_TABLE in state:
             arguments |= {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
-            _untie(state, layers=len(model.blocks))
+            state = untie_tables(state, layers=len(model.blocks))
     elif isinstance(model, ResNet):
         fresh = ("fc.",)
     build = TimmBuild(backbone.build.architecture, arguments)
@@ -104,14 +104,6 @@ def _rebuild(
     kept |= {k: v for k, v in new.state_dict().items() if k.startswith(fresh)}
     load_exactly(new, kept, what=backbone.origin.spec)
     return new, build
-
-
-def _untie(state: dict[str, Tensor], layers: int) -> None:
-    """Copy the shared bias table into each layer (added to the layer's own, if it has one)."""
-    shared = state.pop(SHARED_TABLE)
-    for layer in range(layers):
-        own = state.get(layer_table(layer))
-        state[layer_table(layer)] = shared.clone() if own is None else own + shared
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 BiasResampling = Literal["linear", "geometric"]
 _TABLE = "relative_position_bias_table"
+SHARED_TABLE = f"rel_pos_bias.{_TABLE}"
 _CLS_ROWS = 3  # of a Beit's table: CLS to token, token to CLS, CLS to CLS
 _CARRIED = (VisionTransformer, Beit, SwinTransformer, SwinTransformerV2)
 
@@ -128,6 +129,42 @@ def carry_positions(
             if out[name] is not table:
                 resized.append(name)
     return Carried(out, tuple(resized))
+
+
+def layer_table(layer: int) -> str:
+    """Name of a Beit layer's own relative position bias table."""
+    return f"blocks.{layer}.attn.{_TABLE}"
+
+
+def untie_tables(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """One table for all layers of a Beit as a copy in each; added to a layer's own, if it has one.
+
+    The biases that the layers see stay what they were.
+    """
+    out = dict(tensors)
+    shared = out.pop(SHARED_TABLE, None)
+    if shared is None:
+        return out
+    for layer in range(layers):
+        own = out.get(layer_table(layer))
+        out[layer_table(layer)] = shared.clone() if own is None else own + shared
+    return out
+
+
+def tie_tables(tensors: Mapping[str, Tensor], layers: int) -> tuple[dict[str, Tensor], float]:
+    """The tables of a Beit's layers as one for all: their mean.
+
+    Returns:
+        The tensors, and how far the layers' tables are from their mean at most (0: nothing lost).
+    """
+    out = dict(tensors)
+    own = [out.pop(layer_table(layer)) for layer in range(layers) if layer_table(layer) in out]
+    if len(own) < layers:
+        return dict(tensors), 0.0
+    stacked = torch.stack(own)
+    mean = stacked.mean(0)
+    out[SHARED_TABLE] = mean + out[SHARED_TABLE] if SHARED_TABLE in out else mean
+    return out, float((stacked - mean).abs().max())
 
 
 def _prefix(model: Any) -> int:

@@ -11,15 +11,9 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
+from featdistill.models.positions import SHARED_TABLE, layer_table, tie_tables, untie_tables
 from featdistill.models.students import PositionName
 from featdistill.models.weights import load_exactly
-
-SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
-
-
-def layer_table(layer: int) -> str:
-    """Name of a Beit layer's own relative position bias table."""
-    return f"blocks.{layer}.attn.relative_position_bias_table"
 
 
 def position_of(source: Backbone) -> PositionName:
@@ -115,19 +109,25 @@ def _vit_to_beit(
 def _positions(new: Beit, state: dict[str, Tensor], notes: list[str]) -> None:
     """Make the state's position tensors those that the student has."""
     wanted = new.state_dict()
-    tables = [SHARED_TABLE, *(layer_table(i) for i in range(len(new.blocks)))]
-    for name in tables:
-        if name in wanted and name not in state:
-            shared = state.get(SHARED_TABLE)
-            state[name] = torch.zeros_like(wanted[name]) if shared is None else shared.clone()
-            if shared is None and name == next(t for t in tables if t in wanted):
-                notes.append("relative position bias starts at 0")
+    layers = len(new.blocks)
+    tables = [SHARED_TABLE, *(layer_table(i) for i in range(layers))]
+    wanted_tables = [name for name in tables if name in wanted]
+    if SHARED_TABLE in wanted_tables and SHARED_TABLE not in state:
+        tied, lost = tie_tables(state, layers)
+        state |= tied
+        if lost:
+            notes.append(f"relative position bias: the layers' mean ({lost:.2g} off at most)")
+    elif SHARED_TABLE in state and SHARED_TABLE not in wanted_tables and wanted_tables:
+        state |= untie_tables(state, layers)
+    if wanted_tables and not any(name in state for name in wanted_tables):
+        state |= {name: torch.zeros_like(wanted[name]) for name in wanted_tables}
+        notes.append("relative position bias starts at 0")
     dropped = [k for k in ("pos_embed", *tables) if k in state and k not in wanted]
     for name in dropped:
         del state[name]
     if "pos_embed" in dropped:
         notes.append("absolute position embedding left out (the student has none)")
-    if any(name in tables for name in dropped):
+    if not wanted_tables and any(name in tables for name in dropped):
         notes.append("relative position bias left out (the student has no place for it)")
 
 
