@@ -162,7 +162,8 @@ def tie_tables(tensors: Mapping[str, Tensor], layers: int) -> tuple[dict[str, Te
     if len(own) < layers:
         return dict(tensors), 0.0
     stacked = torch.stack(own)
-    mean = stacked.mean(0)
+    # equal tables are that table to the bit, which their mean would be only almost
+    mean = own[0] if all(torch.equal(t, own[0]) for t in own) else stacked.mean(0)
     out[SHARED_TABLE] = mean + out[SHARED_TABLE] if SHARED_TABLE in out else mean
     return out, float((stacked - mean).abs().max())
 
