@@ -132,12 +132,14 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
             f"({line[:100] or type(error).__name__})",
             fix="download or copy it again",
         )
+    if "magic number" in line:
+        return ModelError(f"'{path}' is not a checkpoint: a pickle that torch.save did not write")
     reason = line.split(". ")[0][:160] or type(error).__name__
-    if isinstance(error, SafetensorError) or head.startswith(b"PK"):
+    if isinstance(error, SafetensorError) or head.startswith((b"PK", b"\x80")):
         return ModelError(f"'{path}' is damaged ({reason})", fix="download or copy it again")
     return ModelError(
-        f"'{path}' is not a checkpoint ({reason})",
-        expected=".safetensors, or a .pt/.pth/.bin of tensors",
+        f"'{path}' is not a checkpoint: it is no zip, no pickle and no safetensors file",
+        expected="a .pth, .pt or .bin of tensors, or .safetensors",
     )
 
 

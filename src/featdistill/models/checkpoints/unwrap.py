@@ -131,14 +131,15 @@ def unwrap(tree: Mapping[str, Any], entered: str | None = None) -> Unwrapped:
 def _branch(tree: Mapping[str, Any]) -> str | None:
     for name in _BRANCHES:
         inner = tree.get(name)
-        if isinstance(inner, Mapping) and _holds_tensors(inner):
+        if isinstance(inner, Mapping) and holds_tensors(inner):
             return name
     return None
 
 
-def _holds_tensors(tree: Mapping[str, Any]) -> bool:
+def holds_tensors(tree: Mapping[str, Any]) -> bool:
+    """Whether there is a tensor in a tree of dictionaries."""
     return any(
-        isinstance(v, Tensor) or (isinstance(v, Mapping) and _holds_tensors(v))
+        isinstance(v, Tensor) or (isinstance(v, Mapping) and holds_tensors(v))
         for v in tree.values()
     )
 
