@@ -19,7 +19,10 @@ SUMMARIES = (
     ("predict", "classify images with a fine-tuned model"),
     ("features", "write the features of images to safetensors or parquet"),
     ("pretrain", "make a contrastive teacher from your own images (SimCLR)"),
-    ("export", "write a model as a folder that plain timm loads"),
+    (
+        "export",
+        "write a model for timm, transformers, ONNX or the official code, and check it",
+    ),
     ("models", "list the students, and search timm for teachers"),
     ("recipes", "list the recipes, or print one"),
 )
@@ -45,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:  # a folder without permission, a name too long, a vanished disk
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def _overview() -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,8 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     raise TypeError(f"not JSON: {type(value).__name__}")
 
 

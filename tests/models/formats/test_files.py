@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import pickle
-import resource
+import subprocess
+import sys
+import tracemalloc
+import types
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from featdistill.core.errors import ModelError
 from featdistill.models.checkpoints.archive import is_archive, read_archive
@@ -70,17 +73,74 @@ def test_settings_that_official_files_hold_are_read_past(tmp_path: Path) -> None
     assert "Settings" in complaint(path)
 
 
-def test_a_yacs_configuration_is_read_past(tmp_path: Path) -> None:
-    """Feature distillation's and Swin's files hold a `CfgNode`; yacs need not be installed."""
+class CfgNode(dict[str, Any]):
+    """Pickles as yacs' class does: a dictionary with items and attributes."""
+
+    def __init__(self, items: dict[str, Any]) -> None:
+        super().__init__(items)
+        self.__dict__["__immutable__"] = False
+
+
+def test_a_yacs_configuration_is_read_past(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feature distillation's and Swin's files hold one; yacs need not be installed."""
     path = tmp_path / "w.pth"
-    # protocol 2, as torch.save writes it: CfgNode.__new__(CfgNode), items, attributes
-    node = b"cyacs.config\nCfgNode\n)\x81}(X\x01\x00\x00\x00aK\x01uU\x00"
-    body = io.BytesIO()
-    with zipfile.ZipFile(body, "w", zipfile.ZIP_STORED) as file:
-        file.writestr("archive/data.pkl", b"\x80\x02}X\x06\x00\x00\x00config" + node[:-2] + b"bs.")
-        file.writestr("archive/version", b"3\n")
-    path.write_bytes(body.getvalue())
-    assert read_tree(path)["config"] == {}
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+        patch.setitem(sys.modules, "yacs.config", module)
+        patch.setattr(CfgNode, "__module__", "yacs.config")
+        config = CfgNode({"DATA": CfgNode({"IMG_SIZE": 224}), "AUG": [0.08, 1]})
+        torch.save({"model": {"a": torch.arange(3)}, "config": config}, path)
+    assert torch.equal(read_tree(path)["model"]["a"], torch.arange(3))
+
+
+def test_an_archive_that_remembers_too_much(tmp_path: Path) -> None:
+    """A pickle may ask for room for 2^30 objects in a dozen bytes."""
+    limited = archive(tmp_path / "x.pt", {"data.pkl": b"\x80\x02}r" + b"\xff\xff\xff\x3f."})
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from featdistill.models.checkpoints.archive import read_archive\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert read_archive(Path(sys.argv[1])) == {}\n"
+        "grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before\n"
+        "sys.exit(grown > 64 << 10)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(limited)], check=False).returncode == 0
+
+
+def test_nesting_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    itself: dict[str, Any] = {"a": torch.ones(1)}
+    itself["model"] = itself
+    torch.save(itself, path)
+    assert "nested without end" in complaint(path)
+
+
+def test_a_tensor_that_claims_more_than_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.as_strided(torch.ones(1), (10**6, 10**6), (0, 0))}, path)
+    assert "larger than its data" in complaint(path)
+
+
+def test_contents_count_and_not_names(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3)}
+    save_file(tensors, tmp_path / "a.pth")
+    save_file(tensors, tmp_path / "a.SAFETENSORS")
+    torch.save(tensors, tmp_path / "b.safetensors")
+    for path in tmp_path.iterdir():
+        assert torch.equal(read_tree(path)["a"], tensors["a"])
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.ones(1)}, path)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)  # the tests may run as root, who may read all
+    assert "cannot read" in complaint(path)
 
 
 # --- TorchScript archives
@@ -168,10 +228,31 @@ HOSTILE = {
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_hostile_header_costs_nothing(kind: str, tmp_path: Path) -> None:
     path = HOSTILE[kind](tmp_path / "x.safetensors")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    complaint(path)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert grown < 64 << 10  # KiB
+    tracemalloc.start()
+    try:
+        complaint(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_hostile_headers_cost_a_process_nothing(tmp_path: Path) -> None:
+    """All of them in a process of its own, whose memory has a limit that one would break."""
+    paths = [HOSTILE[kind](tmp_path / f"{i}.safetensors") for i, kind in enumerate(HOSTILE)]
+    code = (
+        "import resource, sys; from pathlib import Path\n"
+        "from featdistill.core.errors import ModelError\n"
+        "from featdistill.models.checkpoints.files import read_tree\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: read_tree(Path(path))\n"
+        "    except ModelError: continue\n"
+        "    sys.exit(path)\n"
+    )
+    words = [sys.executable, "-c", code, *map(str, paths)]
+    assert subprocess.run(words, check=False).returncode == 0
 
 
 @given(data=st.binary(max_size=200), suffix=st.sampled_from([".safetensors", ".pth", ".bin"]))
@@ -194,8 +275,6 @@ def test_a_truncated_file_says_so(name: str, share: float, tmp_path: Path) -> No
     if name == "clip.pt":
         path.write_bytes(JIT.read_bytes())
     elif name == "w.safetensors":
-        from safetensors.torch import save_file
-
         save_file(tensors, path)
     else:
         torch.save(tensors, path, _use_new_zipfile_serialization=name == "w.pth")

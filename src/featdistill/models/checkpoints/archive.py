@@ -75,8 +75,11 @@ class _Stored:
     elements: int
 
 
-class _Reader(pickle.Unpickler):
-    """An unpickler that knows modules, tensors and nothing else."""
+class _Reader(pickle._Unpickler):
+    """An unpickler that knows modules, tensors and nothing else.
+
+    Python's own, since C's gives memory for whatever index a file says it remembers something at.
+    """
 
     def __init__(self, stream: Any, file: zipfile.ZipFile, folder: str) -> None:
         super().__init__(stream)

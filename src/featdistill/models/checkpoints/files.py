@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,28 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".pyth", ".m
 _LARGEST_HEADER = 100 << 20  # bytes; safetensors' own limit
 
 
-class _Inert(dict[Any, Any]):
+class _Inert:
     """Stands in for settings that projects pickle beside their weights; it does nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
+        pass
 
     def __setstate__(self, _: Any) -> None:
         pass
 
 
-# Settings, scalars and paths that official files hold; their contents are of no use here.
+# Settings, scalars and paths that official files hold; their contents are of no use here. torch
+# fills no dictionary but its own kinds, so that a yacs node has to be one of those.
 _SETTINGS: list[Any] = [
+    (OrderedDict, "yacs.config.CfgNode"),
     (_Inert, "argparse.Namespace"),
-    (_Inert, "yacs.config.CfgNode"),
-    (_Inert, "omegaconf.dictconfig.DictConfig"),
-    (_Inert, "omegaconf.listconfig.ListConfig"),
     (_Inert, "pathlib.PosixPath"),
     (_Inert, "pathlib._local.PosixPath"),
-    (_Inert, "collections.defaultdict"),
     (_Inert, "numpy.core.multiarray.scalar"),
     (_Inert, "numpy._core.multiarray.scalar"),
     (_Inert, "numpy.dtype"),
 ]
+_DEEPEST = 8  # levels of dictionaries; the files of real projects have three
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -53,28 +54,59 @@ def read_tree(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: absent, truncated, damaged, refused, or something else than a checkpoint.
     """
-    if not path.is_file():
-        raise ModelError(f"no checkpoint file at '{path}'")
-    with open(path, "rb") as file:
-        head = file.read(64)
+    try:
+        if not path.is_file():
+            raise ModelError(f"no checkpoint file at '{path}'")
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ModelError(f"cannot read '{path}' ({error.strerror or error})") from None
     _refuse_strangers(path, head)
     try:
-        if path.suffix == ".safetensors":
-            return dict(_safetensors(path, head))
-        if zipfile.is_zipfile(path) and is_archive(path):
-            return dict(read_archive(path))
-        value = _pickled(path, zipped=head.startswith(b"PK"))
+        tree = _tree(path, head)
     except UnsafeArchive as error:
         raise _refused(path, str(error)) from None
     except ModelError:
         raise
     except Exception as error:  # torch and zipfile raise whatever a damaged file provokes
         raise _unreadable(path, head, error) from None
-    if isinstance(value, Mapping):
-        return {str(k): v for k, v in value.items()}
-    raise ModelError(
-        f"'{path}' is not a checkpoint: it holds no named tensors, but a {type(value).__name__}"
-    )
+    for name, value in tensors_of(path, tree):
+        # a view can claim terabytes of a few bytes; a checkpoint's tensors own what they show
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ModelError(f"'{path}' is refused: its tensor '{name}' is larger than its data")
+    return tree
+
+
+def _tree(path: Path, head: bytes) -> dict[str, Any]:
+    if not head.startswith((b"PK", b"\x80")) and (
+        head[8:9] == b"{" or path.suffix.lower() == ".safetensors"
+    ):
+        return dict(_safetensors(path, head))
+    if zipfile.is_zipfile(path) and is_archive(path):
+        return dict(read_archive(path))
+    value = _pickled(path, zipped=head.startswith(b"PK"))
+    if not isinstance(value, Mapping):
+        raise ModelError(
+            f"'{path}' is not a checkpoint: it holds no named tensors, but a {type(value).__name__}"
+        )
+    return {str(k): v for k, v in value.items()}
+
+
+def tensors_of(
+    path: Path, tree: Mapping[str, Any], before: str = "", depth: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested dictionaries, with their places.
+
+    Raises:
+        ModelError: the dictionaries are nested deeper than any checkpoint's, or hold themselves.
+    """
+    if depth > _DEEPEST:
+        raise ModelError(f"'{path}' is not a checkpoint: its dictionaries are nested without end")
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            yield f"{before}{key}", value
+        elif isinstance(value, Mapping):
+            yield from tensors_of(path, value, f"{before}{key}/", depth + 1)
 
 
 def _refuse_strangers(path: Path, head: bytes) -> None:
@@ -103,8 +135,12 @@ def _safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
 
 
 def _pickled(path: Path, *, zipped: bool) -> Any:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     with torch.serialization.safe_globals(_SETTINGS):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        if path.suffix.lower() != ".safetensors":
+            return torch.load(path, mmap=zipped, **options)
+        with open(path, "rb") as file:  # by its name torch would take it for safetensors
+            return torch.load(file, **options)
 
 
 _TRUNCATED = (
@@ -121,10 +157,10 @@ _TRUNCATED = (
 
 def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
     line = " ".join(str(error).split())
-    wanted = line.partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+    wanted = re.search(r"GLOBAL ([\w.]+)", line)
     if wanted:
-        return _refused(path, f"it wants to call {wanted}")
-    if head.startswith(b"\x80") and "Unsupported" in line:
+        return _refused(path, f"it wants to call {wanted[1]}")
+    if "Weights only load failed" in line and head.startswith((b"\x80", b"PK")):
         return _refused(path, "it is a pickle of more than tensors")
     if isinstance(error, EOFError) or any(sign in line.lower() for sign in _TRUNCATED):
         return ModelError(
@@ -136,7 +172,10 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
         return ModelError(f"'{path}' is not a checkpoint: a pickle that torch.save did not write")
     reason = line.split(". ")[0][:160] or type(error).__name__
     if isinstance(error, SafetensorError) or head.startswith((b"PK", b"\x80")):
-        return ModelError(f"'{path}' is damaged ({reason})", fix="download or copy it again")
+        return ModelError(
+            f"'{path}' is not a checkpoint that can be read: it is damaged ({reason})",
+            fix="download or copy it again",
+        )
     return ModelError(
         f"'{path}' is not a checkpoint: it is no zip, no pickle and no safetensors file",
         expected="a .pth, .pt or .bin of tensors, or .safetensors",

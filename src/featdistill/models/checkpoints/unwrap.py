@@ -137,7 +137,7 @@ def _branch(tree: Mapping[str, Any]) -> str | None:
 
 
 def holds_tensors(tree: Mapping[str, Any]) -> bool:
-    """Whether there is a tensor in a tree of dictionaries."""
+    """Whether there is a tensor in a tree of dictionaries (which `read_tree` found to end)."""
     return any(
         isinstance(v, Tensor) or (isinstance(v, Mapping) and holds_tensors(v))
         for v in tree.values()
