@@ -135,9 +135,9 @@ def test_config_has_every_argument(exported: tuple[Backbone, Path]) -> None:
     plain = json.loads(json.dumps(dict(backbone.build.arguments)))
     assert config["model_args"].pop("global_pool") in ("token", "avg")
     plain.pop("global_pool", None)
+    assert plain.pop("num_classes") == config["num_classes"] == backbone.num_classes
     assert config["model_args"] == plain
     assert config["model_args"]["img_size"] == 32
-    assert config["model_args"]["num_classes"] == config["num_classes"] == backbone.num_classes
     assert config["architecture"] == backbone.build.architecture
     pretrained = config["pretrained_cfg"]
     assert pretrained["input_size"] == [3, 32, 32]

@@ -373,22 +373,34 @@ class CompareConfig(Command):
 
 
 class ExportConfig(Command):
-    """Write a model as a folder that plain timm loads."""
+    """Write a model for timm, transformers, ONNX or the official code, and check it there."""
 
-    summary = "write a model as a folder that plain timm loads"
-    example = "featdistill export --model runs/distilled --out exported"
+    summary = "write a model for timm, transformers, ONNX or the official code, and check it"
+    example = "featdistill export --model runs/distilled --to onnx --out exported"
     flat = {
         "model": "model.spec",
         "weights": "model.weights",
         "arch": "model.arch",
+        "branch": "model.branch",
         "to": "to",
         "out": "out",
+        "tolerance": "tolerance",
     }
     positional = "model"
 
     model: ModelConfig
-    to: Literal["timm"] = Field("timm", description="format: timm")
+    to: Literal["timm", "huggingface", "onnx", "plain", "official"] = Field(
+        "timm",
+        description="format: timm, huggingface (transformers' own layout), onnx, plain (state "
+        "dict) or official (feature distillation's own checkpoint)",
+    )
     out: str = Field(description="folder to write; new or empty")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest difference to let pass when it is loaded back, as a share of the "
+        "largest output; the format's own by default",
+    )
 
 
 class ModelsConfig(Command):

@@ -8,9 +8,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 

@@ -40,6 +40,7 @@ class LoadReport:
         left_out: reason -> the file's names that were left out on purpose.
         assumed: what the file does not say and was taken for granted.
         resized: positions that were carried to another size.
+        also: parts of the file that could be taken instead (`branch`).
     """
 
     title: str
@@ -49,6 +50,7 @@ class LoadReport:
     left_out: Mapping[str, tuple[str, ...]]
     assumed: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -66,6 +68,10 @@ class LoadReport:
         ]
         if self.assumed:
             lines.append(f"assumed  {'; '.join(self.assumed)} (the file does not say)")
+        if self.also:
+            lines.append(
+                f"not taken: {', '.join(self.also)} (the option branch takes another part)"
+            )
         return tuple(lines)
 
 

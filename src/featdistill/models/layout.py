@@ -29,12 +29,13 @@ class Layout:
 
     def split(self, final: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """timm's `forward_features` as (map (B, C, h, w), prefix (B, P, C)), normed."""
+        batch = final.shape[0]  # len() would fix it in an exported graph
         if final.ndim == 4:
             if self.channels_last:
                 final = final.permute(0, 3, 1, 2)
             if self.head_norm is not None:
                 final = _norm_map(self.head_norm, final)
-            return final, final.new_empty(len(final), 0, final.shape[1])
+            return final, final.new_empty(batch, 0, final.shape[1])
         if final.ndim != 3:
             raise ModelError(
                 f"the model's features have shape {tuple(final.shape)}",
@@ -45,7 +46,7 @@ class Layout:
         p = len(self.prefix_names)
         tokens = final[:, p:].transpose(1, 2)
         h, w = grid if grid is not None else _square(tokens.shape[2])
-        return tokens.reshape(len(final), final.shape[2], h, w), final[:, :p]
+        return tokens.reshape(batch, final.shape[2], h, w), final[:, :p]
 
 
 def _norm_map(norm: nn.Module, x: Tensor) -> Tensor:

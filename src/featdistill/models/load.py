@@ -43,6 +43,10 @@ NORMALISATIONS: dict[str, tuple[Rgb, Rgb]] = {
     "half": (HALF, HALF),
 }
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_CONFIGS = ("config.json", "model.json")  # timm's and transformers' name, and a plain export's
+# what timm's config.json has no word for
+HEAD_KEY, PROJECTION = "featdistill_head", "projection"
+EXTENSIONS_KEY = "featdistill_args"
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,8 @@ def load_backbone(
 
     Args:
         spec: `timm/NAME`, a checkpoint file, `hf-hub:NAME`, a run or export folder of this project
-            (or any folder that timm reads as `local-dir:`), or `package.module:factory`, a callable
-            without arguments that returns a module.
+            (or any folder that timm reads as `local-dir:`, or that the transformers library saved),
+            or `package.module:factory`, a callable without arguments that returns a module.
         weights: of `timm/NAME`: `hub`, `random`, or a checkpoint file.
         arch: timm's name of a checkpoint file's architecture, where its tensors do not tell.
         branch: the part of a checkpoint file to take (`student`, `model_ema`, ...); by default the
@@ -147,8 +151,24 @@ def _file(
     normalisation: NormalisationName,
     drop: Drop,
 ) -> Backbone:
-    if arch is None and (file.parent / "config.json").is_file() and file.name in _WEIGHTS:
-        return load_folder(file.parent, drop=drop)  # whose config.json knows more than the tensors
+    if arch is None and branch is None:  # what lies beside the file knows more than its tensors
+        for described in (file.with_suffix(".json"), file.parent / "config.json"):
+            if described.is_file() and file.name in _WEIGHTS:
+                config = read_json(described)
+                sized = "input_size" in config.get("pretrained_cfg", config)
+                if sized and "architecture" in config:
+                    return _described(spec, config, file, drop)
+    return _checkpoint(spec, file, arch, branch, normalisation, drop)
+
+
+def _checkpoint(
+    spec: str,
+    file: Path,
+    arch: str | None,
+    branch: str | None,
+    normalisation: NormalisationName,
+    drop: Drop,
+) -> Backbone:
     loaded = load_checkpoint(file, arch=arch, branch=branch, drop_path=drop.rate)
     mean, std, report = loaded.mean, loaded.std, loaded.report
     if normalisation != "auto":
@@ -167,6 +187,7 @@ def _file(
         origin,
         loaded.image_size,
         drop.always,
+        loaded.class_names,
         projection=loaded.projection,
     )
 
@@ -254,43 +275,61 @@ def find_export(folder: Path) -> Path:
         RunError: there is none.
     """
     for candidate in (folder / "export", folder):
-        if (candidate / "config.json").is_file():
+        if any((candidate / name).is_file() for name in _CONFIGS):
             return candidate
     if (folder / "config.yaml").is_file():
         raise RunError(
             f"the run in '{folder}' has no export yet",
             fix="finish it (the same command with --resume)",
         )
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES)
     raise RunError(
-        f"'{folder}' is not a model", expected="a run folder, or one with config.json and weights"
+        f"'{folder}' is not a model",
+        expected="a run folder, or one with config.json and weights",
+        fix=f"give the checkpoint file itself: {files[0]}" if files else None,
     )
 
 
 def load_folder(folder: Path, *, drop: Drop | None = None) -> Backbone:
-    """Load an export (or any folder in timm's `local-dir:` layout), strictly."""
+    """Load an export, or any folder in timm's `local-dir:` or transformers' layout, strictly."""
     drop = drop or Drop()
     export = find_export(folder)
-    config = read_json(export / "config.json")
-    if "architecture" not in config:
-        raise ModelError(f"'{export}/config.json' names no architecture", expected="timm's layout")
+    described = next(p for n in _CONFIGS if (p := export / n).is_file())
+    config = read_json(described)
+    if "architecture" not in config and "model_type" not in config:
+        raise ModelError(
+            f"'{described}' names no architecture (timm) and no model_type (transformers)",
+            expected="the layout of one of them",
+        )
+    if "architecture" in config and "input_size" not in config.get("pretrained_cfg", config):
+        raise ModelError(f"'{described}' says no input_size", expected="timm's layout")
+    file = next((export / n for n in _WEIGHTS if (export / n).is_file()), None)
+    if file is None and any((export / f"{n}.index.json").is_file() for n in _WEIGHTS):
+        raise ModelError(
+            f"the weights in '{export}' are spread over several files",
+            fix="join them: transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(NEW, "
+            'max_shard_size="100GB")',
+        )
+    if file is None:
+        raise ModelError(f"no weights in '{export}'", expected="model.safetensors")
+    if "architecture" in config:
+        return _described(str(folder), config, file, drop)
+    return _checkpoint(str(folder), file, None, None, "auto", drop)
+
+
+def _described(spec: str, config: dict[str, Any], file: Path, drop: Drop) -> Backbone:
+    """A file of timm's names, with a configuration in timm's layout beside it."""
     architecture = str(config["architecture"])
     check_name(architecture)
     pretrained = config.get("pretrained_cfg", config)
-    if "input_size" not in pretrained:
-        raise ModelError(f"'{export}/config.json' says no input_size", expected="timm's layout")
-    arguments = dict(config.get("model_args") or {})
+    arguments = {**(config.get("model_args") or {}), **(config.get(EXTENSIONS_KEY) or {})}
     arguments.setdefault("num_classes", config.get("num_classes", 0))
     model = create(architecture, **arguments, **drop_path_argument(architecture, drop.rate))
-    file = next(
-        (export / n for n in _WEIGHTS if (export / n).is_file()),
-        None,
-    )
-    if file is None:
-        raise ModelError(f"no weights in '{export}'", expected="model.safetensors")
-    load_exactly(model, unwrap(read_tree(file)).tensors, what=str(file))
+    found = unwrap(read_tree(file), None, file)
+    load_exactly(model, found.tensors, what=str(file), strangers=found.strangers)
     names = pretrained.get("label_names") or config.get("label_names")
     weights = f"{file.name} (sha256 {file_hash(file)})"
-    origin = Origin(str(folder), weights, pretrained.get("license"))
+    origin = Origin(spec, weights, pretrained.get("license"))
     return _wrap(
         model,
         pretrained,
@@ -299,6 +338,7 @@ def load_folder(folder: Path, *, drop: Drop | None = None) -> Backbone:
         arguments.get("img_size"),
         drop.always,
         tuple(names) if names else None,
+        projection=True if config.get(HEAD_KEY) == PROJECTION else None,
     )
 
 

@@ -86,7 +86,7 @@ def compare(**options: Any) -> CompareResult:
 
 
 def export(**options: Any) -> Exported:
-    """Write a timm folder; wants `model` and `out`."""
+    """Write a model for another library and check it there; wants `model` and `out`, and `to`."""
     return _call("export", options)
 
 

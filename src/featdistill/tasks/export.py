@@ -1,4 +1,4 @@
-"""`featdistill export`: a model as a folder that plain timm loads."""
+"""`featdistill export`: a model for another library, loaded back there and compared."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from pathlib import Path
 from featdistill.config.commands import ExportConfig
 from featdistill.engine.rundir import check_out
 from featdistill.engine.tracking import say
-from featdistill.models.export import Exported, export_timm
-from featdistill.models.load import load_backbone
+from featdistill.models.export import Exported, export, target_of
+from featdistill.tasks.common import model_of
+from featdistill.tasks.provenance import story_of
 
 
 def run(config: ExportConfig) -> Exported:
     """Export, check, and print the snippet to paste."""
+    target = target_of(config.to)
+    target.check_installed()  # before a model is loaded
     check_out(config.out, resume=False)
-    backbone = load_backbone(config.model.spec, weights=config.model.weights)
-    origin = backbone.origin
-    exported = export_timm(
-        backbone, Path(config.out).expanduser(), card={"from": f"{origin.spec} ({origin.weights})"}
+    backbone = model_of(config.model)
+    exported = export(
+        backbone,
+        Path(config.out).expanduser(),
+        to=config.to,
+        story=story_of(config.model.spec, backbone),
+        tolerance=config.tolerance,
     )
-    say(f"written and checked: timm's output differs by {exported.difference:.1g} at most\n")
+    say(
+        f"written and checked: {target.title} in '{exported.folder}'; {target.checked_with}'s "
+        f"output differs by {exported.difference:.1g} of the largest value at most "
+        f"(tolerance {exported.tolerance:g})\n"
+    )
     say(exported.snippet)
     for note in exported.notes:
         say(f"- {note}")

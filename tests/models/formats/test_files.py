@@ -295,3 +295,14 @@ def test_something_else(tmp_path: Path) -> None:
     }.items():
         path.write_bytes(content)
         assert words in complaint(path)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x4B50])  # as a pickle and a zip begin
+def test_safetensors_whose_length_looks_like_something_else(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(3.0)}, path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip().ljust(length)
+    path.write_bytes(length.to_bytes(8, "little") + header + data[8 + size :])
+    assert torch.equal(read_tree(path)["a"], torch.arange(3.0))

@@ -18,6 +18,9 @@ NAMES = sorted(path.stem for path in CASES.glob("*.json"))
 BESIDE = {
     "open-clip-gelu": {"model_cfg": {"vision_cfg": {}}},
     "open-clip-training": {"model_cfg": {"vision_cfg": {}}},
+    "open-clip-timm-linear": {
+        "model_cfg": {"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}},
+    },
     "open-clip-timm": {
         "model_cfg": {"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224"}},
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},

@@ -65,7 +65,23 @@ def lengthen(tree: dict[str, Any], key: str) -> None:
     tree[key] = torch.cat([value, value[:1]]) if value.ndim else value.reshape(1)
 
 
-CHANGES = {"drop": drop, "rename": rename, "flatten": flatten, "lengthen": lengthen}
+def shorten(tree: dict[str, Any], key: str) -> None:
+    """By a row of the second dimension, where positions, tokens and channels lie."""
+    value = tree[key]
+    tree[key] = value[:, 1:] if value.ndim > 1 else value[1:] if value.ndim else value.reshape(1)
+
+
+def empty(tree: dict[str, Any], key: str) -> None:
+    tree[key] = tree[key].reshape(-1)[:0]
+
+
+def scalar(tree: dict[str, Any], key: str) -> None:
+    tree[key] = tree[key].reshape(-1)[0]
+
+
+CHANGES = {
+    change.__name__: change for change in (drop, rename, flatten, lengthen, shorten, empty, scalar)
+}
 
 
 class Reader:

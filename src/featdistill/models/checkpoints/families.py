@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 from featdistill.core.errors import ModelError
@@ -66,10 +67,7 @@ def vision_transformer(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
     width = width_of(tensors, _BLOCK_NORMS)
     patch = patch_of(tensors)
     prefix = [n for n in ("cls_token", "dist_token") if n in tensors]
-    positions = need(tensors, "pos_embed", 3)
-    rows = positions.shape[1]
-    bare = not prefix or round(rows**0.5) ** 2 == rows
-    side = grid_side(rows, () if bare else prefix, "pos_embed")
+    side, bare = _positions(tensors, prefix)
     distilled = "dist_token" in tensors
     classes = classes_of(tensors, "head")
     if distilled and classes_of(tensors, "head_dist") != classes:
@@ -91,7 +89,7 @@ def vision_transformer(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
     if _block_has(tensors, r"attn\.q_norm\.weight"):
         arguments["qk_norm"] = True
     if not distilled:
-        arguments |= _vit_tokens(tensors, bare=bare and bool(prefix))
+        arguments |= _vit_tokens(tensors, bare=bare)
     if _gated(tensors):
         # timm counts the gate among the hidden channels
         extra.setdefault("architecture", "vit_giant_patch14_dinov2")
@@ -99,6 +97,40 @@ def vision_transformer(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
     default = "deit_base_distilled_patch16_224" if distilled else "vit_base_patch16_224"
     architecture = extra.pop("architecture", default)
     return Plan(TimmBuild(architecture, {**arguments, **extra}), side * patch)
+
+
+# Registers of published models; their number shows in no other tensor.
+_REGISTERS = (1, 2, 4, 5, 8, 16)
+
+
+def _registers(tensors: Tensors, *, required: bool = False) -> int:
+    if "reg_token" not in tensors and not required:
+        return 0
+    registers = need(tensors, "reg_token", 3)
+    if registers.shape[1] not in _REGISTERS:
+        raise ModelError(
+            f"1 of another shape (reg_token {tuple(registers.shape)})",
+            expected=f"{', '.join(map(str, _REGISTERS[:-1]))} or {_REGISTERS[-1]} registers",
+        )
+    return int(registers.shape[1])
+
+
+def _positions(tensors: Tensors, prefix: list[str]) -> tuple[int, bool]:
+    """Side of the grid, and whether tokens before the map are without positions.
+
+    Such a bare embedding is DeiT-III's (known by its layer scale and its classifier: DINOv2 has
+    none) and that of models with registers; anywhere else it is one that lost its first row.
+    """
+    rows = need(tensors, "pos_embed", 3).shape[1]
+    registers = _registers(tensors)
+    third_deit = _block_has(tensors, r"ls1\.gamma") and "head.weight" in tensors
+    may_be_bare = registers > 0 or third_deit
+    if (prefix or registers) and may_be_bare and isqrt(rows) ** 2 == rows:
+        return isqrt(rows), True
+    everyone = [*prefix, *["reg_token"] * registers]
+    if registers and isqrt(max(0, rows - len(everyone))) ** 2 == rows - len(everyone):
+        return grid_side(rows, everyone, "pos_embed"), False
+    return grid_side(rows, prefix, "pos_embed"), False
 
 
 def eva(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
@@ -110,7 +142,7 @@ def eva(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
     width = width_of(tensors, _BLOCK_NORMS)
     patch = patch_of(tensors)
     gated = _block_has(tensors, r"mlp\.fc1_[gx]\.(weight|bias)")
-    hidden = hidden_of_fc2(tensors)
+    hidden = hidden_of(tensors, r"blocks\.\d+\.mlp\.(fc1(?:_[gx])?\.(?:weight|bias)|fc2\.weight)")
     arguments: dict[str, Any] = {
         "img_size": 16 * patch,
         "patch_size": patch,
@@ -121,22 +153,21 @@ def eva(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
         "swiglu_mlp": gated,
         "swiglu_align_to": 8 if gated else 0,
         "qkv_bias": _block_has(tensors, r"attn\.[qv]_bias"),
-        "num_reg_tokens": need(tensors, "reg_token", 3).shape[1],
+        "num_reg_tokens": _registers(tensors, required=True),
         "num_classes": 0,
         "global_pool": "token",
         **extra,
     }
     image = arguments["img_size"]
     build = TimmBuild("vit_small_patch16_dinov3_qkvb", arguments)
-    return Plan(build, image, (f"an image of {image} pixels",))
+    return Plan(build, image, () if "img_size" in extra else (f"an image of {image} pixels",))
 
 
 def _vit_tokens(tensors: Tensors, *, bare: bool) -> dict[str, Any]:
     """Arguments for tokens, their positions, and the end of a plain ViT."""
     arguments: dict[str, Any] = {"class_token": "cls_token" in tensors}
-    registers = tensors.get("reg_token")
-    if registers is not None:
-        arguments["reg_tokens"] = need(tensors, "reg_token", 3).shape[1]
+    if registers := _registers(tensors):
+        arguments["reg_tokens"] = registers
     if bare:
         arguments["no_embed_class"] = True
     if _has(tensors, "attn_pool."):
@@ -148,7 +179,7 @@ def _vit_tokens(tensors: Tensors, *, bare: bool) -> dict[str, Any]:
 
 def _gated(tensors: Tensors) -> bool:
     """Whether the MLPs are SwiGLU: fc1 gives twice the channels that fc2 takes."""
-    rows, columns = _first_rows(tensors), hidden_of_fc2(tensors)
+    rows, columns = _first_rows(tensors), _last_columns(tensors)
     return rows == 2 * columns
 
 
@@ -159,7 +190,7 @@ def _first_rows(tensors: Tensors) -> int:
     )
 
 
-def hidden_of_fc2(tensors: Tensors) -> int:
+def _last_columns(tensors: Tensors) -> int:
     """Channels that the blocks' second linear layers take."""
     expression = re.compile(r"blocks\.\d+\.mlp\.fc2\.weight")
     return vote(
@@ -168,7 +199,11 @@ def hidden_of_fc2(tensors: Tensors) -> int:
 
 
 def beit(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
-    """timm's `Beit`: BEiT, BEiT v2, and the students of feature distillation."""
+    """timm's `Beit`: BEiT, BEiT v2, and the students of feature distillation.
+
+    Args:
+        extra: arguments that are known from elsewhere: `num_heads`, `img_size`.
+    """
     width = width_of(tensors, _BLOCK_NORMS)
     patch = patch_of(tensors)
     shared = "rel_pos_bias.relative_position_bias_table"
@@ -179,15 +214,19 @@ def beit(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
         rows = need(tensors, "pos_embed", 3).shape[1]
         sides.append(grid_side(rows, ("cls_token",), "pos_embed"))
     if tables:
+        if not any(v.ndim == 2 for v in tables.values()):
+            need(tensors, next(iter(tables)), 2)
         usual = vote((v.shape[0] for v in tables.values() if v.ndim), "window")
         name = next(n for n, v in tables.items() if v.ndim and v.shape[0] == usual)
         sides.append(window_side(usual, 3, name))
+    if not sides and "img_size" in extra:
+        sides = [extra["img_size"] // patch]
     if not sides:
         raise ModelError(
             f"the checkpoint has no positions: neither pos_embed nor {shared} nor "
             "blocks.#.attn.relative_position_bias_table"
         )
-    heads = heads_of(width)
+    heads = extra.get("num_heads") or heads_of(width)
     if tables and not any(v.ndim == 2 and v.shape[1] == heads for v in tables.values()):
         name, value = next(iter(tables.items()))
         raise ModelError(f"1 of another shape ({name} {tuple(value.shape)} for {heads} heads)")
@@ -199,7 +238,7 @@ def beit(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
         "num_heads": heads,
         "mlp_ratio": hidden_of(tensors, _BLOCK_MLP) / width,
         "qkv_bias": _block_has(tensors, r"attn\.[qv]_bias"),
-        "init_values": 0.1 if _block_has(tensors, r"gamma_[12]") else None,
+        "init_values": 0.1 if _block_has(tensors, r"gamma_[12]") else 0.0,  # timm drops None
         "use_abs_pos_emb": "pos_embed" in tensors,
         "use_rel_pos_bias": any(n != shared for n in tables),
         "use_shared_rel_pos_bias": shared in tables,

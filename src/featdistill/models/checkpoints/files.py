@@ -78,8 +78,9 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def _tree(path: Path, head: bytes) -> dict[str, Any]:
-    if not head.startswith((b"PK", b"\x80")) and (
-        head[8:9] == b"{" or path.suffix.lower() == ".safetensors"
+    # a header's length may begin with the bytes of a zip or a pickle, but it ends in zeros
+    if head[4:9] == b"\0\0\0\0{" or (
+        path.suffix.lower() == ".safetensors" and not head.startswith((b"PK", b"\x80"))
     ):
         return dict(_safetensors(path, head))
     if zipfile.is_zipfile(path) and is_archive(path):

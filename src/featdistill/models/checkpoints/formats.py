@@ -133,7 +133,7 @@ _PLAIN_VIT = (
 )
 
 
-def _fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """DINOv2 with registers: the CLS position is added to the CLS token; registers have none."""
     positions, cls, registers = (tensors.get(n) for n in ("pos_embed", "cls_token", "reg_token"))
     if positions is None or cls is None or registers is None or positions.ndim != 3:
@@ -151,19 +151,25 @@ def _fold_class_position(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _vit_hints(unwrapped: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    """What is particular to image towers of language models among plain ViTs."""
+    """What is particular to DINOv2's registers, and to image towers of language models."""
+    if "register_tokens" in unwrapped.tensors:
+        positions = converted.tensors.get("pos_embed")
+        rows = positions.shape[1] if positions is not None and positions.ndim == 3 else 0
+        if math.isqrt(max(0, rows - 1)) ** 2 != rows - 1:
+            raise ModelError(f"1 of another shape (pos_embed with {rows} rows)")
     if architecture := settings.get("timm_model_name"):
         return {"architecture": architecture, "rgb": (CLIP_MEAN, CLIP_STD)}
-    if not any(name.startswith("norm_pre.") for name in converted.tensors):
-        if any(name.startswith("attn_pool.") for name in converted.tensors):
-            raise ModelError(
-                "a ViT with attention pooling (SigLIP): its activation (GELU or its tanh form) "
-                "cannot be told from the tensors",
-                fix="name the architecture beside the file, as timm/vit_base_patch16_siglip_224",
-            )
+    names = converted.tensors
+    if any(name.startswith("norm_pre.") for name in names):
+        return _clip_arguments(unwrapped.tensors, names, settings)
+    if "cls_token" in names:
         trunk = unwrapped.path.endswith("visual.trunk.")  # of open_clip, CLIP's pixels by default
         return {"rgb": (CLIP_MEAN, CLIP_STD)} if trunk else {}
-    return {**_clip_arguments(converted.tensors, settings), "rgb": (CLIP_MEAN, CLIP_STD)}
+    raise ModelError(
+        "1 missing (cls_token)",
+        fix="if it has none (SigLIP, and others), its heads and its activation cannot be told from "
+        "the tensors: name the architecture beside the file, as timm/vit_base_patch16_siglip_224",
+    )
 
 
 VIT = Format(
@@ -175,7 +181,7 @@ VIT = Format(
     plan=families.vision_transformer,
     normalisation_known=False,
     hints=_vit_hints,
-    finish=_fold_class_position,
+    finish=fold_class_position,
 )
 
 # --- BEiT-style ViT --------------------
@@ -278,34 +284,55 @@ _CLIP = (
 )
 
 
-def _clip_arguments(tensors: Mapping[str, Tensor], settings: Settings) -> dict[str, Any]:
+def _clip_arguments(
+    source: Mapping[str, Tensor], tensors: Mapping[str, Tensor], settings: Settings
+) -> dict[str, Any]:
     """QuickGELU or GELU: the one thing about a CLIP that no tensor shows.
 
-    OpenAI trained in half precision with QuickGELU: weights that are exact in float16 are theirs.
+    OpenAI trained in half precision with QuickGELU. Its files are known by three numbers that only
+    they hold, by linear layers in half precision beside norms in single, or, converted since, by
+    single-precision weights that are exact in half. What is in half precision throughout may be
+    anybody's.
     """
-    quick = settings.get("quick_gelu")
-    if quick is None:
-        kernels = [v for n, v in tensors.items() if n.endswith("mlp.fc1.weight")]
-        if kernels and all(torch.equal(v.float(), v.half().float()) for v in kernels):
-            quick = True
+    quick: bool | None = settings.get("quick_gelu")
+    assumed: tuple[str, ...] = ()
+    if quick is None and _openai(source, tensors):
+        quick, assumed = True, ("QuickGELU and CLIP's normalisation, since it looks like OpenAI's",)
     if quick is None:
         raise ModelError(
             "a CLIP whose activation cannot be told from the tensors",
-            expected="OpenAI's half-precision weights (QuickGELU), or open_clip_config.json beside "
-            "the file",
+            expected="OpenAI's weights (QuickGELU), or open_clip_config.json beside the file",
             fix="name the architecture beside the file: timm/vit_base_patch16_clip_224 (GELU: "
             "LAION, DataComp) or timm/vit_base_patch16_clip_quickgelu_224 (QuickGELU: OpenAI, "
             "MetaCLIP, DFN), or the like for other sizes",
         )
     size = "quickgelu_224" if quick else "224"
-    return {"architecture": f"vit_base_patch16_clip_{size}"}
+    return {
+        "architecture": f"vit_base_patch16_clip_{size}",
+        "rgb": (CLIP_MEAN, CLIP_STD),
+        "assumed": assumed,
+    }
 
 
-def _clip_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    return _clip_arguments(converted.tensors, settings)
+def _openai(source: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    if "input_resolution" in source and "vocab_size" in source:
+        return True
+    linear = [v for n, v in tensors.items() if n.endswith("mlp.fc1.weight")]
+    norms = [v for n, v in tensors.items() if n.endswith("norm1.weight")]
+    if not linear or any(v.dtype != torch.float32 for v in norms):
+        return False
+    return all(torch.equal(v.float(), v.half().float()) for v in linear)
 
 
-def _unbiased_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _clip_hints(unwrapped: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
+    image, text = (unwrapped.tensors.get(n) for n in ("visual.proj", "text_projection"))
+    if image is not None and text is not None and image.shape[-1:] != text.shape[-1:]:
+        shapes = f"visual.proj {tuple(image.shape)}, text_projection {tuple(text.shape)}"
+        raise ModelError(f"the projections do not end in one space ({shapes})")
+    return _clip_arguments(unwrapped.tensors, converted.tensors, settings)
+
+
+def unbiased_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's head has a bias; CLIP's projection has none."""
     weight = tensors.get("head.weight")
     if weight is None or weight.ndim != 2:
@@ -321,8 +348,9 @@ CLIP = Format(
     plan=families.vision_transformer,
     mean=CLIP_MEAN,
     std=CLIP_STD,
+    normalisation_known=False,
     hints=_clip_hints,
-    finish=_unbiased_head,
+    finish=unbiased_head,
     required=("visual.proj",),
 )
 
@@ -485,7 +513,13 @@ def _dinov3_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _dinov3_hints(_: Unwrapped, converted: Converted, __: Settings) -> dict[str, Any]:
     periods = converted.tensors.get("rope.periods")
     width = width_of(converted.tensors, r"blocks\.\d+\.norm[12]\.(weight|bias)")
-    if periods is None or periods.ndim != 1 or width % (4 * len(periods)):
+    if (
+        periods is None
+        or periods.ndim != 1
+        or not len(periods)
+        or width % (4 * len(periods))
+        or not bool((periods.diff() > 0).all())  # as many as a quarter of a head, and growing
+    ):
         raise ModelError("1 missing or of another shape (rope.periods)")
     return {"rope_periods": tuple(periods.float().tolist())}
 

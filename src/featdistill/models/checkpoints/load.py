@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import LoadReport, Rgb, TimmBuild
+from featdistill.models.checkpoints import transformers
 from featdistill.models.checkpoints.families import Plan
 from featdistill.models.checkpoints.files import read_tree
-from featdistill.models.checkpoints.formats import Format, recognise
+from featdistill.models.checkpoints.formats import CLIP, Format, recognise
 from featdistill.models.checkpoints.settings import settings_beside
 from featdistill.models.checkpoints.sizes import classes_of
 from featdistill.models.checkpoints.tables import Converted, any_matches, convert, names_before
-from featdistill.models.checkpoints.unwrap import Unwrapped, unwrap
+from featdistill.models.checkpoints.unwrap import Unwrapped, prefixes_of, unwrap
 from featdistill.models.timm_models import (
     accepts,
     check_name,
@@ -43,6 +45,7 @@ class FromFile:
         mean, std: the normalisation that it was trained with.
         report: what became of every tensor.
         projection: its head is a projection (CLIP's); None if that shows in the model itself.
+        class_names: of its classifier, where a file beside the tensors names them.
     """
 
     model: nn.Module
@@ -52,6 +55,7 @@ class FromFile:
     std: Rgb
     report: LoadReport
     projection: bool | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,20 @@ class _Read:
     format: Format | None
     converted: Converted
 
+    def without_format(self) -> _Read:
+        """The same for timm's own conversion."""
+        return replace(self, format=None, converted=Converted(self.unwrapped.tensors))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a model needs that its tensors do not show."""
+
+    arguments: dict[str, Any]
+    mean: Rgb
+    std: Rgb
+    assumed: tuple[str, ...]
+
 
 def load_checkpoint(
     path: Path, *, arch: str | None = None, branch: str | None = None, drop_path: float = 0.0
@@ -74,121 +92,202 @@ def load_checkpoint(
         path: any format of `formats.FORMATS`, recognised by its keys; with `arch`, anything that
             timm itself can convert too.
         arch: timm's name of the architecture, for what tensors cannot show.
-        branch: the part of the file to take, of several.
+        branch: the part of the file to take, of several: `student`, or a prefix, `base_encoder.`.
         drop_path: stochastic depth rate.
 
     Raises:
         ModelError: unreadable, unknown, or not exactly this model's tensors.
     """
-    tree = read_tree(path)
-    if branch is not None and not isinstance(tree.get(branch), Mapping):
-        parts = [name for name, value in tree.items() if isinstance(value, Mapping)]
-        raise ModelError(
-            f"'{path}' has no part '{branch}'", expected=", ".join(parts) or "no parts at all"
-        )
-    unwrapped = unwrap(tree if branch is None else tree[branch], branch)
-    if not unwrapped.tensors:
-        raise ModelError(f"'{path}' is not a checkpoint: it holds no named tensors")
-    format_ = recognise(unwrapped)
+    read = _read(path, branch)
+    if arch is None:
+        if read.format is None:
+            raise _unknown(read)
+        return _load(read, None, drop_path)
+    check_name(arch)
+    if _timm_reads_better(read, arch):
+        try:
+            return _load(read.without_format(), arch, drop_path)
+        except ModelError:
+            if read.format is None or isinstance(_shell(arch), read.format.kind):
+                raise
+            raise _other_family(read, arch) from None
+    return _load(read, arch, drop_path)
+
+
+def _read(path: Path, branch: str | None) -> _Read:
+    unwrapped = unwrap(read_tree(path), branch, path)
+    settings = settings_beside(path)
+    format_ = recognise(unwrapped) or _of_transformers(path, settings)
+    if "transformers" not in settings and not _is_tower(unwrapped, format_):
+        settings = {}  # an open_clip_config.json says nothing of the other files in its folder
     rules = format_.rules if format_ else ()
     converted = convert(unwrapped.tensors, rules) if format_ else Converted(unwrapped.tensors)
-    read = _Read(path, unwrapped, settings_beside(path), format_, converted)
-    return _by_name(read, arch, drop_path) if arch else _by_keys(read, drop_path)
+    return _Read(path, unwrapped, settings, format_, converted)
 
 
-def _by_keys(read: _Read, drop_path: float) -> FromFile:
-    format_ = read.format
-    if format_ is None:
-        raise _unknown(read)
-    lost = [p for p in format_.required if not any_matches(p, read.unwrapped.tensors)]
-    if lost:
-        raise _misfit(read, f"{len(lost)} missing ({', '.join(lost)})")
-    try:
-        hints = format_.hints(read.unwrapped, read.converted, read.settings)
-        known = format_.normalisation_known or "rgb" in hints or "mean" in read.settings
-        rgb = hints.pop("rgb", (format_.mean, format_.std))
-        tensors = format_.finish(read.converted.tensors)
-        plan = format_.plan(tensors, hints)
-    except ModelError as error:
-        raise _misfit(read, error.given, expected=error.expected, fix=error.fix) from None
-    rate = drop_path_argument(plan.build.architecture, drop_path)
-    model = create(plan.build.architecture, **plan.build.arguments, **rate)
-    _fill(read, model, tensors)
-    assumed = list(plan.assumed)
-    if not known:
-        assumed.append(f"the normalisation, mean {_numbers(rgb[0])} and std {_numbers(rgb[1])}")
-    if "mean" in read.settings:
-        rgb = (read.settings["mean"], read.settings["std"])
-    mean, std = rgb
-    report = _report(read, format_.title, tuple(assumed))
-    trunk = read.unwrapped.path.endswith("visual.trunk.") and "head.weight" in tensors
-    return FromFile(
-        model, plan.build, plan.image_size, mean, std, report, projection=True if trunk else None
+def _is_tower(unwrapped: Unwrapped, format_: Format | None) -> bool:
+    """Whether a model is the image tower of a language model, or was."""
+    parts = ("norm_pre.", "attn_pool.", "trunk.norm_pre.", "trunk.attn_pool.")
+    return (
+        format_ is CLIP
+        or unwrapped.path.endswith("visual.trunk.")
+        or any(name.startswith(parts) for name in unwrapped.tensors)
     )
 
 
-def _numbers(values: Rgb) -> str:
-    return ", ".join(f"{v:.3g}" for v in values)
-
-
-def _by_name(read: _Read, arch: str, drop_path: float) -> FromFile:
-    """The named architecture with the file's weights."""
-    check_name(arch)
-    architecture = arch.partition(".")[0]
+def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
+    """The model that the tensors show (or that is named), filled, with its account."""
     format_ = read.format
-    config: dict[str, Any] = timm.get_pretrained_cfg(arch, allow_unregistered=False).to_dict()
-    with torch.device("meta"):
-        shell = timm.create_model(architecture)
-    if format_ is not None and not isinstance(shell, format_.kind):
-        raise ModelError(
-            f"'{read.path}' holds a {format_.title}, and timm's '{architecture}' is a "
-            f"{type(shell).__name__}",
-            fix="leave the architecture out: it is recognised by the file's keys",
-        )
-    plan = _plan_by_name(read, architecture, config)
-    rate = drop_path_argument(architecture, drop_path)
-    model = create(architecture, **plan.build.arguments, **rate)
-    if format_ is not None:
-        _fill(read, model, format_.finish(read.converted.tensors))
-        title = format_.title
+    if format_ is None:
+        assert arch is not None
+        facts = _facts(read, arch)
+        plan = _plan_by_name(read, arch, read.converted.tensors)
+        model = _create(plan, drop_path)
+        read, tensors = _filled_by_timm(read, model, arch), read.converted.tensors
     else:
-        carry = family_filter(model)
-        tensors = read.unwrapped.tensors
-        filtered = tensors if carry is None else carry(dict(tensors), model)
-        read = _filtered(read, filtered)
-        load_exactly(model, filtered, what=str(read.path))
-        title = f"as timm reads '{architecture}'"
-    known = format_ is not None and format_.normalisation_known and "." not in arch
-    source = {"mean": format_.mean, "std": format_.std} if known and format_ else config
-    report = _report(read, title, plan.assumed)
-    return FromFile(model, plan.build, plan.image_size, source["mean"], source["std"], report)
+        _check_required(read)
+        try:
+            facts = _facts(read, arch)
+            tensors = format_.finish(read.converted.tensors)
+            plan = (
+                _plan_by_name(read, arch, tensors)
+                if arch
+                else format_.plan(tensors, facts.arguments)
+            )
+        except ModelError as error:
+            raise _misfit(read, error.given, expected=error.expected, fix=error.fix) from None
+        model = _create(plan, drop_path)
+        _fill(read, model, tensors)
+    title = format_.title if format_ else f"as timm reads '{(arch or '').partition('.')[0]}'"
+    trunk = read.unwrapped.path.endswith("visual.trunk.") and "head.weight" in tensors
+    classes = plan.build.arguments.get("num_classes", 0)
+    return FromFile(
+        model,
+        plan.build,
+        plan.image_size,
+        facts.mean,
+        facts.std,
+        _report(read, title, (*plan.assumed, *facts.assumed)),
+        projection=True if trunk else None,
+        class_names=transformers.class_names_of(read.settings.get("transformers", {}), classes),
+    )
 
 
-def _plan_by_name(read: _Read, architecture: str, config: Mapping[str, Any]) -> Plan:
+def _create(plan: Plan, drop_path: float) -> nn.Module:
+    rate = drop_path_argument(plan.build.architecture, drop_path)
+    return create(plan.build.architecture, **plan.build.arguments, **rate)
+
+
+def _check_required(read: _Read) -> None:
+    assert read.format is not None
+    lost = [p for p in read.format.required if not any_matches(p, read.unwrapped.tensors)]
+    if lost:
+        raise _misfit(read, f"{len(lost)} missing ({', '.join(lost)})")
+
+
+def _facts(read: _Read, arch: str | None) -> _Facts:
+    """Arguments and normalisation: of the settings beside the file, of a named tag, of the format.
+
+    Raises:
+        ModelError: the format cannot be used without being told more.
+    """
+    format_, settings = read.format, read.settings
+    hints: dict[str, Any] = {}
+    if format_ is not None and arch is None:
+        hints = format_.hints(read.unwrapped, read.converted, settings)
+    assumed: tuple[str, ...] = hints.pop("assumed", ())
+    rgb: tuple[Rgb, Rgb] | None = hints.pop("rgb", None)
+    if "mean" in settings:
+        return _Facts(hints, settings["mean"], settings["std"], assumed)
+    if arch is not None and "." in arch:
+        config = _timm_config(arch)
+        return _Facts(hints, config["mean"], config["std"], assumed)
+    known = rgb is not None or (format_ is not None and format_.normalisation_known)
+    if rgb is None and format_ is not None and (known or arch is None):
+        rgb = (format_.mean, format_.std)
+    if rgb is None:
+        assert arch is not None  # without a tag: that of timm's usual weights for it
+        config = _timm_config(arch)
+        rgb = config["mean"], config["std"]
+    if not known:
+        numbers = (", ".join(f"{v:.3g}" for v in values) for values in rgb)
+        assumed += ("the normalisation, mean {} and std {}".format(*numbers),)
+    return _Facts(hints, *rgb, assumed)
+
+
+def _timm_config(arch: str) -> dict[str, Any]:
+    return timm.get_pretrained_cfg(arch, allow_unregistered=False).to_dict()
+
+
+@cache
+def _shell(arch: str) -> nn.Module:
+    """The named architecture without weights."""
+    with torch.device("meta"):
+        return timm.create_model(arch.partition(".")[0])
+
+
+def _timm_reads_better(read: _Read, arch: str) -> bool:
+    """Whether a named architecture is of another family than the keys show, or has more parts."""
+    if read.format is None or not isinstance(_shell(arch), read.format.kind):
+        return True
+    strangers = set(read.converted.strangers)
+    return bool(strangers) and strangers <= _shell(arch).state_dict().keys()
+
+
+def _other_family(read: _Read, arch: str) -> ModelError:
+    assert read.format is not None
+    return ModelError(
+        f"'{read.path}' holds a {read.format.title}, and timm's '{arch.partition('.')[0]}' is a "
+        f"{type(_shell(arch)).__name__}",
+        fix="leave the architecture out: it is recognised by the file's keys",
+    )
+
+
+def _of_transformers(path: Path, settings: Mapping[str, Any]) -> Format | None:
+    """The format that a `config.json` of the transformers library beside the file names."""
+    if "transformers" not in settings:
+        return None
+    try:
+        return transformers.format_beside(settings["transformers"])
+    except ModelError as error:
+        raise ModelError(
+            f"'{path}': {error.given}", expected=error.expected, fix=error.fix
+        ) from None
+
+
+def _plan_by_name(read: _Read, arch: str, tensors: Mapping[str, Tensor]) -> Plan:
     """The named architecture's own arguments, but for classes and the size of its positions."""
+    architecture, config = arch.partition(".")[0], _timm_config(arch)
     first = config["classifier"]
     first = first[0] if isinstance(first, tuple | list) else first
-    finish = read.format.finish if read.format else dict
-    tensors = finish(read.converted.tensors)
     arguments: dict[str, Any] = {"num_classes": classes_of(tensors, first) if first else 0}
     size = int(config["input_size"][-1])
     if read.format is not None and accepts(architecture, "img_size"):
         # what the tensors do not show is the architecture's own, or does not fit
-        with contextlib.suppress(ModelError):
+        with contextlib.suppress(ModelError, KeyError):
             size = read.format.plan(tensors, {}).image_size
         arguments["img_size"] = size
     return Plan(TimmBuild(architecture, arguments), size)
 
 
-def _filtered(read: _Read, tensors: Mapping[str, Tensor]) -> _Read:
-    """The account of what timm's own conversion did."""
+def _filled_by_timm(read: _Read, model: nn.Module, arch: str) -> _Read:
+    """Load by timm's own conversion, and account for what it did."""
     before = read.unwrapped.tensors
+    carry = family_filter(model)
+    try:
+        tensors = dict(before) if carry is None else carry(dict(before), model)
+    except Exception as error:  # the conversions expect their own family's keys
+        raise ModelError(
+            f"timm cannot read '{read.path}' as '{arch}' ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:100]})",
+            fix="is it a checkpoint of this very architecture?",
+        ) from None
+    load_exactly(model, tensors, what=str(read.path), strangers=read.unwrapped.strangers)
     lost = [name for name in before if name not in tensors]
     made = [name for name in tensors if name not in before]
     gone = lost[len(made) :]  # renamed one for one, as far as names can tell
     left_out = {"left out by timm's conversion": gone} if gone else {}
-    converted = Converted(dict(tensors), renamed=len(made), left_out=left_out)
-    return _Read(read.path, read.unwrapped, read.settings, None, converted)
+    return replace(read, converted=Converted(dict(tensors), renamed=len(made), left_out=left_out))
 
 
 def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -210,7 +309,7 @@ def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if (
             mine is None
             or mine.shape != value.shape
-            or not torch.allclose(mine.double(), value.double(), atol=1e-4)
+            or not torch.allclose(mine.double(), value.double(), *_closeness(value))
         ):
             shape = "no such tensor" if mine is None else f"{tuple(mine.shape)}"
             raise _misfit(
@@ -218,6 +317,11 @@ def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 f"1 other than the model computes ({converted.came_from[name]} "
                 f"{tuple(value.shape)}, computed: {shape})",
             )
+
+
+def _closeness(value: Tensor) -> tuple[float, float]:
+    """How near a buffer of a file has to be, relative and absolute: half precision rounds it."""
+    return (1e-2, 1e-2) if value.dtype in (torch.float16, torch.bfloat16) else (1e-5, 1e-4)
 
 
 def _file_words(read: _Read) -> Callable[[str], str]:
@@ -252,10 +356,21 @@ def _misfit(
 
 def _unknown(read: _Read) -> ModelError:
     names = list(read.unwrapped.tensors)
+    if transformers.looks_like(read.unwrapped.tensors):
+        return ModelError(
+            f"'{read.path}' is a file of the transformers library without its config.json, which "
+            "says what tensors do not show (heads, activation, image size)",
+            fix="put config.json and preprocessor_config.json beside it",
+        )
     if any(name.startswith("visual.layer1.") for name in names):
         return ModelError(
             f"'{read.path}' is a CLIP with a ResNet as its image tower, which is not known here",
             fix="use timm/resnet50_clip.openai or its relatives, or a ViT",
+        )
+    if inside := prefixes_of(read.unwrapped.tensors):
+        return ModelError(
+            f"the model in '{read.path}' has names that begin with {' or '.join(inside)}",
+            fix=f"say which to take: --teacher.branch {inside[0]} (branch=... in Python)",
         )
     return ModelError(
         f"the keys of '{read.path}' are of no known format ({', '.join(names[:3])}, ...)",
@@ -282,4 +397,5 @@ def _report(read: _Read, title: str, assumed: tuple[str, ...]) -> LoadReport:
         renamed=read.converted.renamed,
         left_out=left_out,
         assumed=assumed,
+        also=read.unwrapped.also,
     )

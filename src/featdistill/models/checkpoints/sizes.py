@@ -96,7 +96,7 @@ def hidden_of(tensors: Tensors, pattern: str) -> int:
         found = expression.fullmatch(name)
         if found is None:
             continue
-        if found[1] in ("fc1.weight", "fc1.bias") and value.ndim:
+        if found[1].startswith("fc1") and value.ndim:
             values.append(value.shape[0])
         elif found[1] == "fc2.weight" and value.ndim == 2:
             values.append(value.shape[1])
@@ -119,7 +119,10 @@ def classes_of(tensors: Tensors, head: str) -> int:
     weight, bias = tensors.get(f"{head}.weight"), tensors.get(f"{head}.bias")
     if weight is None and bias is None:
         return 0
-    if weight is None or weight.ndim != 2 or (bias is not None and len(bias) != len(weight)):
+    belong = weight is not None and weight.ndim == 2
+    if belong and bias is not None:
+        belong = weight is not None and tuple(bias.shape) == (len(weight),)
+    if weight is None or not belong:
         shapes = ", ".join(
             f"{head}.{part} {'missing' if value is None else tuple(value.shape)}"
             for part, value in (("weight", weight), ("bias", bias))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from featdistill.core.errors import ModelError
 from featdistill.models.checkpoints.tables import Rule, any_matches, convert
 
 # Where projects keep their weights, the preferred first: of a self-distillation (DINO, iBOT, EsViT)
 # the teacher is the model to use, as their own evaluation scripts do.
 _BRANCHES = ("teacher", "student", "state_dict", "model", "module", "model_state", "net")
-_PROCESS_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+# DistributedDataParallel, torch.compile, and the one attribute of a training module
+_PROCESS_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
 
 _PROJECTION = "the projection head of the pre-training"
 _TEXT = "the text tower"
@@ -82,6 +86,7 @@ class Unwrapped:
         strangers: names beside the model that nobody knows.
         total: tensors of the branch, before anything was left out.
         beside: names beside the chosen branch, as `optimizer`.
+        also: those of them that could be taken instead: `student`, `state_dict_ema`.
     """
 
     tensors: dict[str, Tensor]
@@ -90,42 +95,88 @@ class Unwrapped:
     strangers: tuple[str, ...]
     total: int
     beside: tuple[str, ...]
+    also: tuple[str, ...]
 
 
-def unwrap(tree: Mapping[str, Any], entered: str | None = None) -> Unwrapped:
-    """Find the state dict in a checkpoint; empty if there is none.
+def unwrap(tree: Mapping[str, Any], branch: str | None, path: Path) -> Unwrapped:
+    """Find the state dict in a checkpoint.
 
     Args:
-        entered: the branch that `tree` is already.
+        tree: the file's dictionaries.
+        branch: the part to take: a name of the outermost dictionary, or a prefix of the tensors'
+            names, with its dot.
+        path: of the file, for messages.
+
+    Raises:
+        ModelError: there is no such part, or nothing with named tensors.
     """
-    branches = [entered] if entered else []
-    beside: tuple[str, ...] = ()
-    while inner := _branch(tree):
+    prefix = branch if branch is not None and branch.endswith(".") else None
+    chosen = None if prefix else branch
+    if chosen is not None and not _holds_weights(tree.get(chosen)):
+        parts = [n for n, v in tree.items() if _holds_weights(v)]
+        raise ModelError(
+            f"'{path}' has no part '{chosen}'", expected=", ".join(parts) or "no parts at all"
+        )
+    branches: list[str] = []
+    outer: dict[str, Any] = {}
+    while inner := chosen or _branch(tree):
+        chosen = None
         branches.append(inner)
-        beside += tuple(name for name in tree if name != inner)
+        outer |= {name: value for name, value in tree.items() if name != inner}
         tree = tree[inner]
     tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
+    if not tensors:
+        parts = [name for name, value in tree.items() if _holds_weights(value)]
+        raise ModelError(
+            f"'{path}' is not a checkpoint: it holds no named tensors"
+            + (f" but in {', '.join(parts)}" if parts else ""),
+            fix=f"say which to take: --teacher.branch {parts[0]}" if parts else None,
+        )
+    also = tuple(n for n, v in outer.items() if _direct(v) * 2 > len(tensors))
+    where = "".join(f"{name}/" for name in branches)
+    return _inside(tensors, where, prefix, tuple(outer), also)
+
+
+def _inside(
+    tensors: dict[str, Tensor],
+    path: str,
+    prefix: str | None,
+    beside: tuple[str, ...],
+    also: tuple[str, ...],
+) -> Unwrapped:
+    """The model in a flat state dict: without wrappers, and without what is beside it."""
     total = len(tensors)
-    path = "".join(f"{name}/" for name in branches)
     left_out: dict[str, list[str]] = {}
     strangers: tuple[str, ...] = ()
-    while prefix := _process_wrapper(tensors):
-        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+    if prefix is not None:
+        outside = [name for name in tensors if not name.startswith(prefix)]
+        left_out = {"outside the chosen part": outside} if outside else {}
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         path += prefix
+    while wrapper := _process_wrapper(tensors):
+        tensors = {k.removeprefix(wrapper): v for k, v in tensors.items()}
+        path += wrapper
     if nest := _nest(tensors):
         outer = {k: v for k, v in tensors.items() if not k.startswith(nest.prefix)}
         projection = outer.pop(nest.projection, None) if nest.projection else None
-        outside = convert(outer, nest.beside)
-        left_out, strangers = outside.left_out, outside.strangers
+        converted = convert(outer, nest.beside)
+        left_out, strangers = {**left_out, **converted.left_out}, converted.strangers
         tensors = {
             k.removeprefix(nest.prefix): v for k, v in tensors.items() if k.startswith(nest.prefix)
         }
-        if nest.projection and projection is not None and projection.ndim:
+        if nest.projection and projection is not None:
             tensors[nest.projection] = projection
+            rows = len(projection) if projection.ndim else 0
             bias = nest.projection.replace("weight", "bias")
-            tensors[bias] = projection.new_zeros(len(projection))  # timm's head has one
+            tensors[bias] = projection.new_zeros(rows)  # timm's head has one
         path += nest.prefix
-    return Unwrapped(tensors, path, left_out, strangers, total, beside)
+    return Unwrapped(tensors, path, left_out, strangers, total, beside, also)
+
+
+def prefixes_of(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Prefixes under which there seem to be transformers: `base_encoder.`, `student.backbone.`"""
+    expression = re.compile(r"(.+?\.)(?:layers\.\d+\.)?blocks\.\d+\.attn\.")
+    return list(dict.fromkeys(m[1] for name in tensors if (m := expression.match(name))))
 
 
 def _branch(tree: Mapping[str, Any]) -> str | None:
@@ -134,6 +185,18 @@ def _branch(tree: Mapping[str, Any]) -> str | None:
         if isinstance(inner, Mapping) and holds_tensors(inner):
             return name
     return None
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether something is a dictionary with a state dict in it."""
+    return isinstance(value, Mapping) and holds_tensors(value)
+
+
+def _direct(value: Any) -> int:
+    """How many tensors something holds directly."""
+    if not isinstance(value, Mapping):
+        return 0
+    return sum(isinstance(v, Tensor) for v in value.values())
 
 
 def holds_tensors(tree: Mapping[str, Any]) -> bool:

@@ -1,0 +1,385 @@
+"""Files of Hugging Face's transformers library: a format for each `model_type`.
+
+What the tensors do not show stands in the `config.json` beside them, without which such a file is
+not read. The key tables (`transformers_tables.py`) are used in both directions:
+`exports/to_huggingface.py` writes by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor
+
+from featdistill.core.errors import ModelError, did_you_mean
+from featdistill.models.checkpoints import families
+from featdistill.models.checkpoints.formats import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    Format,
+    Settings,
+    fold_class_position,
+    unbiased_head,
+)
+from featdistill.models.checkpoints.sizes import patch_of
+from featdistill.models.checkpoints.tables import Converted, Rule, any_matches
+from featdistill.models.checkpoints.transformers_tables import (
+    beit_rules,
+    clip_rules,
+    dinov2_rules,
+    dinov3_rules,
+    siglip_rules,
+    swin_rules,
+    swin_v2_rules,
+    vit_rules,
+)
+from featdistill.models.checkpoints.unwrap import Unwrapped
+
+Config = Mapping[str, Any]
+
+# --- config.json: its words in timm's, and what it leaves out by the library's defaults ----------
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation_of(config: Config, default: str) -> str:
+    """timm's name of a config's activation.
+
+    Raises:
+        ModelError: it has none.
+    """
+    name = str(config.get("hidden_act", default))
+    if name not in _ACTIVATIONS:
+        raise ModelError(
+            f"hidden_act '{name}' in its config.json is not known here",
+            expected=", ".join(_ACTIVATIONS),
+            fix=did_you_mean(name, _ACTIVATIONS),
+        )
+    return _ACTIVATIONS[name]
+
+
+def _only_gelu(config: Config, family: str) -> None:
+    if activation_of(config, "gelu") != "gelu":
+        raise ModelError(
+            f"hidden_act '{config['hidden_act']}' in its config.json: timm's {family} has GELU "
+            "and nothing else"
+        )
+
+
+def _norm_eps(config: Config, default: float, timms: float) -> dict[str, Any]:
+    """The layer norms' epsilon, where it is another than that of timm's architecture."""
+    eps = float(config.get("layer_norm_eps", default))
+    return {} if eps == timms else {"norm_eps": eps}
+
+
+def side_of(value: Any) -> int:
+    """A side in pixels, from a number or a pair.
+
+    Raises:
+        ModelError: the pair is no square.
+    """
+    if isinstance(value, list | tuple):
+        if len(set(value)) != 1:
+            raise ModelError(f"sides {value} in its config.json", expected="a square")
+        value = value[0]
+    return int(value)
+
+
+def _config(settings: Settings) -> Config:
+    """The config.json, or the image tower's part of it."""
+    config: Config = settings["transformers"]
+    inner = config.get("vision_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def _vit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
+    config = _config(settings)
+    eps = 1e-6 if str(config.get("model_type")).startswith("dinov2") else 1e-12
+    act = activation_of(config, "gelu")
+    return {
+        "num_heads": int(config.get("num_attention_heads", 12)),
+        **({} if act == "gelu" else {"act_layer": act}),
+        **_norm_eps(config, eps, 1e-6),
+    }
+
+
+def _tower_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
+    config = _config(settings)
+    clip = any_matches("norm_pre.weight", converted.tensors)
+    act = activation_of(config, "quick_gelu" if clip else "gelu_pytorch_tanh")
+    own = {"gelu": "clip_224", "quick_gelu": "clip_quickgelu_224"}.get(act, "clip_224")
+    eps = 1e-5 if clip else 1e-6
+    return {
+        "architecture": f"vit_base_patch16_{own if clip else 'siglip_224'}",
+        "num_heads": int(config.get("num_attention_heads", 12)),
+        **({} if clip and act in ("gelu", "quick_gelu") else {"act_layer": act}),
+        **_norm_eps(config, eps, eps),
+    }
+
+
+def _beit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
+    config = _config(settings)
+    _only_gelu(config, "Beit")
+    return {
+        "num_heads": int(config.get("num_attention_heads", 12)),
+        "img_size": side_of(config.get("image_size", 224)),
+        **_norm_eps(config, 1e-12, 1e-6),
+    }
+
+
+_SWIN_HEADS = (3, 6, 12, 24)
+
+
+def _swin_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
+    config = _config(settings)
+    _only_gelu(config, "Swin")
+    return {
+        "img_size": side_of(config.get("image_size", 224)),
+        "num_heads": tuple(config.get("num_heads", _SWIN_HEADS)),
+        **_norm_eps(config, 1e-5, 1e-5),
+    }
+
+
+def _swin_v2_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
+    config = _config(settings)
+    _only_gelu(config, "Swin V2")
+    size, window = side_of(config.get("image_size", 224)), side_of(config.get("window_size", 7))
+    grid = size // patch_of(converted.tensors)
+    stages = len(config.get("depths", (2, 2, 6, 2)))
+    before = tuple(config.get("pretrained_window_sizes", ()))
+    return {
+        "img_size": size,
+        "num_heads": tuple(config.get("num_heads", _SWIN_HEADS)),
+        "windows": [min(window, grid // 2**stage) for stage in range(stages)],
+        **({"pretrained_window_sizes": before} if any(before) else {}),
+        **_norm_eps(config, 1e-5, 1e-5),
+    }
+
+
+def _dinov3_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
+    config = _config(settings)
+    gated = any_matches("blocks.#.mlp.fc1_g.weight", converted.tensors)
+    if activation_of(config, "gelu") != ("silu" if gated else "gelu"):
+        raise ModelError(
+            f"hidden_act '{config['hidden_act']}' in its config.json: timm's DINOv3 has GELU, or "
+            "SiLU where the MLP is gated"
+        )
+    channels = int(config.get("hidden_size", 384)) // int(config.get("num_attention_heads", 6))
+    # computed as the library does, in float32
+    steps = torch.arange(0, 1, 4 / channels, dtype=torch.float32)
+    periods = float(config.get("rope_theta", 100.0)) ** steps
+    return {
+        "rope_periods": tuple(periods.tolist()),
+        "img_size": side_of(config.get("image_size", 224)),
+        **_norm_eps(config, 1e-5, 1e-5),
+    }
+
+
+def _name_gate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The other half of a gated MLP has a name of its own in timm."""
+    if not any_matches("blocks.#.mlp.fc1_g.weight", tensors):
+        return tensors
+    return {name.replace(".mlp.fc1.", ".mlp.fc1_x."): v for name, v in tensors.items()}
+
+
+def _query_apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SigLIP's pooling: timm keeps the query's projection apart from the keys' and values'."""
+    out = {}
+    for name, value in tensors.items():
+        if name.startswith("attn_pool.qkv.") and len(value) % 3 == 0:
+            end = name.rpartition(".")[2]
+            query, *rest = value.chunk(3)
+            out[f"attn_pool.q.{end}"], out[f"attn_pool.kv.{end}"] = query, torch.cat(rest)
+        else:
+            out[name] = value
+    return out
+
+
+def _joint_name(name: str, _: Mapping[str, Tensor]) -> str:
+    return name.replace("attn_pool.q.", "attn_pool.qkv.").replace("attn_pool.kv.", "attn_pool.qkv.")
+
+
+# --- the formats, by `model_type` --------------------
+
+
+def _both(rules: Callable[[str], tuple[Rule, ...]], *prefixes: str) -> tuple[Rule, ...]:
+    """A table for a model alone and inside a model with a head; equal lines once."""
+    return tuple(dict.fromkeys(rule for prefix in prefixes for rule in rules(prefix)))
+
+
+def _marks(prefixes: tuple[str, ...], mark: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}{mark}" for prefix in prefixes)
+
+
+_LAYER = "encoder.layer.#.attention.attention.query.weight"
+_TOWER = "encoder.layers.#.self_attn.q_proj.weight"
+_WINDOW = "encoder.layers.#.blocks.#.attention.self.query.weight"
+_VIT_PREFIXES, _DINO_PREFIXES = ("", "vit.", "deit."), ("", "dinov2.", "dinov2_with_registers.")
+
+_VIT = Format(
+    name="transformers-vit",
+    title="transformers' ViT",
+    marks=(),
+    any_of=_marks(_VIT_PREFIXES, _LAYER),
+    rules=_both(vit_rules, *_VIT_PREFIXES),
+    plan=families.vision_transformer,
+    mean=HALF,
+    std=HALF,
+    normalisation_known=False,
+    hints=_vit_hints,
+)
+_DEIT = Format(
+    name="transformers-deit",
+    title="transformers' DeiT or MAE encoder",
+    marks=(),
+    any_of=_marks(_VIT_PREFIXES, _LAYER),
+    rules=_both(vit_rules, *_VIT_PREFIXES),
+    plan=families.vision_transformer,
+    normalisation_known=False,
+    hints=_vit_hints,
+)
+_DINOV2 = Format(
+    name="transformers-dinov2",
+    title="transformers' DINOv2",
+    marks=(),
+    any_of=_marks(_DINO_PREFIXES, _LAYER),
+    rules=_both(dinov2_rules, *_DINO_PREFIXES),
+    plan=families.vision_transformer,
+    normalisation_known=False,
+    hints=_vit_hints,
+    finish=fold_class_position,
+)
+_BEIT = Format(
+    name="transformers-beit",
+    title="transformers' BEiT",
+    marks=(),
+    any_of=_marks(("", "beit."), _LAYER),
+    rules=_both(beit_rules, "", "beit."),
+    plan=families.beit,
+    mean=HALF,
+    std=HALF,
+    normalisation_known=False,
+    hints=_beit_hints,
+    kind=Beit,
+)
+_CLIP = Format(
+    name="transformers-clip",
+    title="transformers' CLIP",
+    marks=(),
+    any_of=_marks(("", "vision_model."), _TOWER),
+    rules=_both(clip_rules, "vision_model.", ""),
+    plan=families.vision_transformer,
+    mean=CLIP_MEAN,
+    std=CLIP_STD,
+    hints=_tower_hints,
+    finish=unbiased_head,
+)
+_SIGLIP = Format(
+    name="transformers-siglip",
+    title="transformers' SigLIP",
+    marks=(),
+    any_of=_marks(("", "vision_model."), _TOWER),
+    rules=_both(siglip_rules, "vision_model.", ""),
+    plan=families.vision_transformer,
+    mean=HALF,
+    std=HALF,
+    hints=_tower_hints,
+    finish=_query_apart,
+    unfinish=_joint_name,
+)
+_SWIN = Format(
+    name="transformers-swin",
+    title="transformers' Swin",
+    marks=(),
+    any_of=_marks(("", "swin."), _WINDOW),
+    rules=_both(swin_rules, "", "swin."),
+    plan=families.swin,
+    normalisation_known=False,
+    hints=_swin_hints,
+    kind=SwinTransformer,
+)
+_SWIN_V2 = Format(
+    name="transformers-swinv2",
+    title="transformers' Swin V2",
+    marks=(),
+    any_of=_marks(("", "swinv2."), _WINDOW),
+    rules=_both(swin_v2_rules, "", "swinv2."),
+    plan=families.swin_v2,
+    normalisation_known=False,
+    hints=_swin_v2_hints,
+    kind=SwinTransformerV2,
+)
+
+_DINOV3 = Format(
+    name="transformers-dinov3",
+    title="transformers' DINOv3",
+    marks=(),
+    any_of=_marks(("", "model."), "layer.#.attention.q_proj.weight"),
+    rules=_both(dinov3_rules, "", "model."),
+    plan=families.eva,
+    normalisation_known=False,
+    hints=_dinov3_hints,
+    finish=_name_gate,
+    unfinish=lambda name, _: name.replace(".mlp.fc1_x.", ".mlp.fc1."),
+    kind=Eva,
+)
+
+FORMATS: dict[str, Format] = {
+    "vit": _VIT,
+    "vit_mae": _DEIT,
+    "deit": _DEIT,
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": _DINOV3,
+    "beit": _BEIT,
+    "clip": _CLIP,
+    "clip_vision_model": _CLIP,
+    "siglip": _SIGLIP,
+    "siglip_vision_model": _SIGLIP,
+    "swin": _SWIN,
+    "swinv2": _SWIN_V2,
+}
+
+
+def format_beside(config: Config) -> Format:
+    """The format that a `config.json` names.
+
+    Raises:
+        ModelError: its `model_type` is not known here.
+    """
+    kind = str(config["model_type"])
+    if kind not in FORMATS:
+        raise ModelError(
+            f"its config.json says model_type '{kind}', which is not known here",
+            expected=", ".join(FORMATS),
+            fix=did_you_mean(kind, FORMATS) or "timm may have the model: timm/NAME",
+        )
+    return FORMATS[kind]
+
+
+def looks_like(names: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is one of transformers', whatever its model."""
+    return any(f.recognises(names) for f in FORMATS.values())
+
+
+def class_names_of(config: Config, classes: int) -> tuple[str, ...] | None:
+    """The classes' names in a `config.json`, if it names exactly so many."""
+    names = config.get("id2label")
+    if not classes or not isinstance(names, dict) or len(names) != classes:
+        return None
+    return tuple(str(names[key]) for key in sorted(names, key=int))
