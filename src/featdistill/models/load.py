@@ -22,8 +22,8 @@ from featdistill.models.backbone import (
     TimmBuild,
 )
 from featdistill.models.checkpoints.files import SUFFIXES, read_tree
-from featdistill.models.checkpoints.formats import CLIP_MEAN, CLIP_STD, HALF
 from featdistill.models.checkpoints.load import load_checkpoint
+from featdistill.models.checkpoints.spec import CLIP_MEAN, CLIP_STD, HALF
 from featdistill.models.checkpoints.unwrap import unwrap
 from featdistill.models.positions import BiasResampling
 from featdistill.models.resize import check_divides, resize

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from featdistill.core.errors import ModelError
 from featdistill.models.checkpoints.families import swin_v2
-from featdistill.models.checkpoints.formats import FORMATS, SWIN_V2
+from featdistill.models.checkpoints.formats import FORMATS
 from featdistill.models.checkpoints.load import load_checkpoint
+from featdistill.models.checkpoints.swins import SWIN_V2
 from featdistill.models.checkpoints.tables import convert, revert
 from featdistill.models.load import load_backbone
 from featdistill.models.timm_models import create

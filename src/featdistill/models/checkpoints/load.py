@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import LoadReport, Rgb, TimmBuild
 from featdistill.models.checkpoints import transformers
+from featdistill.models.checkpoints.clip import CLIP
 from featdistill.models.checkpoints.families import Plan
 from featdistill.models.checkpoints.files import read_tree
-from featdistill.models.checkpoints.formats import CLIP, Format, recognise
+from featdistill.models.checkpoints.formats import recognise
 from featdistill.models.checkpoints.settings import settings_beside
 from featdistill.models.checkpoints.sizes import classes_of
+from featdistill.models.checkpoints.spec import Format
 from featdistill.models.checkpoints.tables import Converted, any_matches, convert, names_before
 from featdistill.models.checkpoints.unwrap import Unwrapped, prefixes_of, unwrap
 from featdistill.models.timm_models import (

@@ -19,16 +19,9 @@ from torch import Tensor
 
 from featdistill.core.errors import ModelError, did_you_mean
 from featdistill.models.checkpoints import families
-from featdistill.models.checkpoints.formats import (
-    CLIP_MEAN,
-    CLIP_STD,
-    HALF,
-    Format,
-    Settings,
-    fold_class_position,
-    unbiased_head,
-)
+from featdistill.models.checkpoints.clip import unbiased_head
 from featdistill.models.checkpoints.sizes import patch_of
+from featdistill.models.checkpoints.spec import CLIP_MEAN, CLIP_STD, HALF, Format, Settings
 from featdistill.models.checkpoints.tables import Converted, Rule, any_matches
 from featdistill.models.checkpoints.transformers_tables import (
     beit_rules,
@@ -41,6 +34,7 @@ from featdistill.models.checkpoints.transformers_tables import (
     vit_rules,
 )
 from featdistill.models.checkpoints.unwrap import Unwrapped
+from featdistill.models.checkpoints.vits import fold_class_position
 
 Config = Mapping[str, Any]
 

@@ -11,6 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from featdistill.core.errors import ModelError
+from featdistill.models.checkpoints.reasons import (
+    DECODER,
+    HEAD,
+    TEACHER,
+    TEXT,
+    TEXT_HEAD,
+    TEXT_TOWER,
+)
 from featdistill.models.checkpoints.tables import Rule, any_matches, convert
 
 # Where projects keep their weights, the preferred first: of a self-distillation (DINO, iBOT, EsViT)
@@ -18,9 +26,6 @@ from featdistill.models.checkpoints.tables import Rule, any_matches, convert
 _BRANCHES = ("teacher", "student", "state_dict", "model", "module", "model_state", "net")
 # DistributedDataParallel, torch.compile, and the one attribute of a training module
 _PROCESS_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
-
-_PROJECTION = "the projection head of the pre-training"
-_TEXT = "the text tower"
 
 
 @dataclass(frozen=True)
@@ -42,33 +47,25 @@ _NESTS = (
         "backbone.",
         _VIT_OR_SWIN,
         (
-            Rule("head.*", None, _PROJECTION),
-            Rule("dino_head.*", None, _PROJECTION),
-            Rule("ibot_head.*", None, _PROJECTION),
+            Rule("head.*", None, HEAD),
+            Rule("dino_head.*", None, HEAD),
+            Rule("ibot_head.*", None, HEAD),
         ),
     ),
     _Nest(
         "encoder.",
         _VIT_OR_SWIN,
         (
-            Rule("decoder.*", None, "the decoder of the pre-training"),
-            Rule("feature_model.*", None, "the frozen teacher of the pre-training"),
+            Rule("decoder.*", None, DECODER),
+            Rule("feature_model.*", None, TEACHER),
         ),
     ),
     _Nest(
         "visual.trunk.",
         _VIT_OR_SWIN,
         (
-            Rule("visual.head.mlp.*", None, "the projection to the text tower's space"),
-            Rule("text.*", None, _TEXT),
-            Rule("transformer.*", None, _TEXT),
-            Rule("token_embedding.*", None, _TEXT),
-            Rule("ln_final.*", None, _TEXT),
-            Rule("positional_embedding", None, _TEXT),
-            Rule("text_projection", None, _TEXT),
-            Rule("attn_mask", None, _TEXT),
-            Rule("logit_scale", None, _TEXT),
-            Rule("logit_bias", None, _TEXT),
+            Rule("visual.head.mlp.*", None, TEXT_HEAD),
+            *(Rule(pattern, None, TEXT) for pattern in TEXT_TOWER),
         ),
         projection="visual.head.proj.weight",
     ),

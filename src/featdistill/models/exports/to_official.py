@@ -17,9 +17,12 @@ from torch import Tensor
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featdistill.models.checkpoints.files import read_tree
-from featdistill.models.checkpoints.formats import BEIT, SWIN_V2, Format, recognise
+from featdistill.models.checkpoints.formats import recognise
+from featdistill.models.checkpoints.spec import Format
+from featdistill.models.checkpoints.swins import SWIN_V2
 from featdistill.models.checkpoints.tables import Rule, any_matches, convert, revert
 from featdistill.models.checkpoints.unwrap import unwrap
+from featdistill.models.checkpoints.vits import BEIT
 from featdistill.models.exports.common import Outputs, Target, cannot, outputs_of
 from featdistill.models.timm_models import create
 from featdistill.models.weights import load_exactly
