@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from featdistill.core.errors import RunError
 from featdistill.core.records import environment, write_json
 
 log = logging.getLogger("featdistill")
+
+_WEIGHTS = "weights.json"
 
 # what may differ between a run and its continuation, because it changes no weight
 _HARMLESS = frozenset(
@@ -62,11 +65,22 @@ def check_out(out: str, *, resume: bool) -> None:
         )
 
 
-def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -> Path:
+def open_run(
+    out: str,
+    config: BaseModel,
+    *,
+    resume: bool,
+    first: bool = True,
+    weights: Mapping[str, str] | None = None,
+) -> Path:
     """Make a run's folder, or open it again; of several processes, only the first touches it.
 
+    Args:
+        weights: which weights the run begins from, by the model's part in it; a file of the same
+            name may hold others when the run is resumed.
+
     Raises:
-        RunError: see `check_out`; or the resumed run had another configuration.
+        RunError: see `check_out`; or the resumed run had another configuration or other weights.
     """
     path = Path(out).expanduser()
     if not first:
@@ -75,11 +89,16 @@ def open_run(out: str, config: BaseModel, *, resume: bool, first: bool = True) -
     values = config.model_dump(mode="json")
     if resume:
         _check_same(path, values)
+        _check_weights(path, weights or {})
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not resume:
-            text = yaml.safe_dump(values, sort_keys=False)
-            (path / "config.yaml").write_text(text, encoding="utf-8")
+            if weights:
+                write_json(path / _WEIGHTS, dict(weights))
+            # the last, and at once: with it a folder is a run that can be resumed
+            begun = path / f".config.{os.getpid()}.yaml"
+            begun.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            os.replace(begun, path / "config.yaml")
         write_json(path / "environment.json", environment())
     except OSError as error:
         raise RunError(
@@ -104,6 +123,25 @@ def _check_same(path: Path, values: dict[str, Any]) -> None:
         raise RunError(
             f"the run in '{path}' had another configuration ({'; '.join(differ)})",
             fix="resume with the same options, or begin a new run in another --out",
+        )
+
+
+def _check_weights(path: Path, weights: Mapping[str, str]) -> None:
+    try:
+        before = json.loads((path / _WEIGHTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return  # a run of an earlier version
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read '{path / _WEIGHTS}' ({error})") from None
+    differ = [
+        f"{part}: {before[part]} -> {now}"
+        for part, now in weights.items()
+        if part in before and before[part] != now
+    ]
+    if differ:
+        raise RunError(
+            f"the run in '{path}' began from other weights ({'; '.join(differ)})",
+            fix="put the file back, or begin a new run in another --out",
         )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
+import torch
 from torch import nn
 
 from featdistill.core.errors import ModelError, RunError, did_you_mean
@@ -23,6 +24,7 @@ from featdistill.models.backbone import (
 )
 from featdistill.models.checkpoints.files import SUFFIXES, read_tree
 from featdistill.models.checkpoints.load import load_checkpoint
+from featdistill.models.checkpoints.settings import timm_layout
 from featdistill.models.checkpoints.spec import CLIP_MEAN, CLIP_STD, HALF
 from featdistill.models.checkpoints.unwrap import unwrap
 from featdistill.models.positions import BiasResampling
@@ -44,9 +46,6 @@ NORMALISATIONS: dict[str, tuple[Rgb, Rgb]] = {
 }
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _CONFIGS = ("config.json", "model.json")  # timm's and transformers' name, and a plain export's
-# what timm's config.json has no word for
-HEAD_KEY, PROJECTION = "featdistill_head", "projection"
-EXTENSIONS_KEY = "featdistill_args"
 
 
 @dataclass(frozen=True)
@@ -91,43 +90,96 @@ def load_backbone(
     Raises:
         ModelError: no such model or weights, or a checkpoint that does not fit.
     """
+    asked = _Asked.sort(spec, weights, arch, branch, normalisation, bias_resampling)
     drop = Drop(drop_path, always_drop_path)
-    path = Path(spec).expanduser()
-    timm_name = spec.removeprefix("timm/") if spec.startswith("timm/") else None
-    file = None
-    if timm_name is not None and weights not in ("hub", "random"):
-        check_name(timm_name)
-        file, arch = Path(weights).expanduser(), timm_name
-    elif path.is_file():
-        file, arch = path, arch.removeprefix("timm/") if arch else None
-    if file is None and (arch or branch or normalisation != "auto"):
-        what = f"arch '{arch}'" if arch else f"branch '{branch}'" if branch else normalisation
-        raise ModelError(
-            f"{what} was given for '{spec}', which is no checkpoint file", fix="leave it out"
-        )
-    if timm_name is None and weights != "hub":
-        raise ModelError(
-            f"weights '{weights}' were given for '{spec}', which has its own",
-            fix="give them with a timm/NAME, or leave them out",
-        )
-    if file is not None:
-        backbone = _file(spec, file, arch, branch, normalisation, drop)
-    elif timm_name is not None:
-        backbone = _timm(timm_name, weights, image_size, seed, drop)
+    if asked.file is not None:
+        backbone = _file(asked, asked.file, drop)
+    elif asked.timm_name is not None:
+        backbone = _timm(asked.timm_name, weights, image_size, seed, drop)
     elif spec.startswith("hf-hub:"):
         backbone = _hub(spec, drop)
-    elif path.is_dir():
-        backbone = load_folder(path, drop=drop)
-    elif ":" in spec and not path.exists():
+    elif asked.folder is not None:
+        backbone = load_folder(asked.folder, drop=drop)
+    elif ":" in spec:
         return _factory(spec, image_size).eval()
     else:
-        raise _no_model(spec, path)
+        raise _no_model(spec)
     if image_size is not None:
         backbone = resize(backbone, image_size, how=bias_resampling)
     return backbone.eval()
 
 
-def _no_model(spec: str, path: Path) -> ModelError:
+@dataclass(frozen=True)
+class _Asked:
+    """What `load_backbone` was asked for: a name of timm's, a file, a folder, or neither."""
+
+    spec: str
+    timm_name: str | None
+    file: Path | None
+    folder: Path | None
+    arch: str | None
+    branch: str | None
+    normalisation: NormalisationName
+
+    @classmethod
+    def sort(
+        cls,
+        spec: str,
+        weights: str,
+        arch: str | None,
+        branch: str | None,
+        normalisation: NormalisationName,
+        bias_resampling: BiasResampling,
+    ) -> _Asked:
+        """Raise ModelError for what does not go together."""
+        _check_option("normalisation", normalisation, get_args(NormalisationName))
+        _check_option("bias_resampling", bias_resampling, get_args(BiasResampling))
+        timm_name = spec.removeprefix("timm/") if spec.startswith("timm/") else None
+        file = folder = None
+        if timm_name is None:
+            file, folder = _on_disk(spec)
+            arch = arch.removeprefix("timm/") if arch else None
+        elif weights not in ("hub", "random"):
+            check_name(timm_name)
+            file, folder = _on_disk(weights)
+            arch = timm_name
+            if file is None:
+                hint = did_you_mean(weights.lower(), ("hub", "random"))
+                raise ModelError(f"no checkpoint file at '{weights}'", fix=hint)
+        if file is None and (arch or branch or normalisation != "auto"):
+            what = f"arch '{arch}'" if arch else f"branch '{branch}'" if branch else normalisation
+            raise ModelError(
+                f"{what} was given for '{spec}', which is no checkpoint file", fix="leave it out"
+            )
+        if timm_name is None and weights != "hub":
+            raise ModelError(
+                f"weights '{weights}' were given for '{spec}', which has its own",
+                fix="give them with a timm/NAME, or leave them out",
+            )
+        return cls(spec, timm_name, file, folder, arch, branch, normalisation)
+
+
+def _check_option(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ModelError(
+            f"no {name} '{value}'", expected=", ".join(known), fix=did_you_mean(value, known)
+        )
+
+
+def _on_disk(spec: str) -> tuple[Path | None, Path | None]:
+    """A specification as a file or a folder that is there."""
+    if not spec:
+        raise ModelError("no model was named", expected="timm/NAME, a checkpoint file, a folder")
+    try:
+        path = Path(spec).expanduser()
+        return (path if path.is_file() else None), (path if path.is_dir() else None)
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, an unknown user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"cannot look at '{spec}' ({reason})") from None
+
+
+def _no_model(spec: str) -> ModelError:
+    path = Path(spec).expanduser()
     if len(path.parts) > 1 or path.suffix in SUFFIXES:
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, siblings)
@@ -143,43 +195,39 @@ def _no_model(spec: str, path: Path) -> ModelError:
     )
 
 
-def _file(
-    spec: str,
-    file: Path,
-    arch: str | None,
-    branch: str | None,
-    normalisation: NormalisationName,
-    drop: Drop,
-) -> Backbone:
-    if arch is None and branch is None:  # what lies beside the file knows more than its tensors
+def _file(asked: _Asked, file: Path, drop: Drop) -> Backbone:
+    if asked.arch is None and asked.branch is None and file.name in _WEIGHTS:
+        # what lies beside the file knows more than its tensors
         for described in (file.with_suffix(".json"), file.parent / "config.json"):
-            if described.is_file() and file.name in _WEIGHTS:
-                config = read_json(described)
-                sized = "input_size" in config.get("pretrained_cfg", config)
-                if sized and "architecture" in config:
-                    return _described(spec, config, file, drop)
-    return _checkpoint(spec, file, arch, branch, normalisation, drop)
+            if described.is_file() and "architecture" in read_json(described):
+                backbone = _described(asked.spec, described, file, drop)
+                return _normalised(backbone, asked.normalisation)
+    return _normalised(_checkpoint(asked.spec, file, asked, drop), asked.normalisation)
 
 
-def _checkpoint(
-    spec: str,
-    file: Path,
-    arch: str | None,
-    branch: str | None,
-    normalisation: NormalisationName,
-    drop: Drop,
-) -> Backbone:
+def _normalised(backbone: Backbone, name: NormalisationName) -> Backbone:
+    """The backbone with a normalisation that was asked for."""
+    if name == "auto":
+        return backbone
+    mean, std = NORMALISATIONS[name]
+    backbone.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+    backbone.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
+    if (report := backbone.origin.report) is not None:
+        assumed = tuple(a for a in report.assumed if not a.startswith("the normalisation"))
+        origin = replace(backbone.origin, report=replace(report, assumed=assumed))
+        backbone.origin = origin
+    return backbone
+
+
+def _checkpoint(spec: str, file: Path, asked: _Asked | None, drop: Drop) -> Backbone:
+    arch, branch = (asked.arch, asked.branch) if asked else (None, None)
     loaded = load_checkpoint(file, arch=arch, branch=branch, drop_path=drop.rate)
-    mean, std, report = loaded.mean, loaded.std, loaded.report
-    if normalisation != "auto":
-        mean, std = NORMALISATIONS[normalisation]
-        report = replace(report, assumed=tuple(a for a in report.assumed if "normal" not in a))
     config = {
         "input_size": (3, loaded.image_size, loaded.image_size),
-        "mean": mean,
-        "std": std,
+        "mean": loaded.mean,
+        "std": loaded.std,
     }
-    origin = Origin(spec, f"{file.name} (sha256 {file_hash(file)})", None, report)
+    origin = Origin(spec, f"{file.name} (sha256 {file_hash(file)})", None, loaded.report)
     return _wrap(
         loaded.model,
         config,
@@ -301,8 +349,8 @@ def load_folder(folder: Path, *, drop: Drop | None = None) -> Backbone:
             f"'{described}' names no architecture (timm) and no model_type (transformers)",
             expected="the layout of one of them",
         )
-    if "architecture" in config and "input_size" not in config.get("pretrained_cfg", config):
-        raise ModelError(f"'{described}' says no input_size", expected="timm's layout")
+    if "architecture" in config:
+        timm_layout(described)
     file = next((export / n for n in _WEIGHTS if (export / n).is_file()), None)
     if file is None and any((export / f"{n}.index.json").is_file() for n in _WEIGHTS):
         raise ModelError(
@@ -313,32 +361,28 @@ def load_folder(folder: Path, *, drop: Drop | None = None) -> Backbone:
     if file is None:
         raise ModelError(f"no weights in '{export}'", expected="model.safetensors")
     if "architecture" in config:
-        return _described(str(folder), config, file, drop)
-    return _checkpoint(str(folder), file, None, None, "auto", drop)
+        return _described(str(folder), described, file, drop)
+    return _checkpoint(str(folder), file, None, drop)
 
 
-def _described(spec: str, config: dict[str, Any], file: Path, drop: Drop) -> Backbone:
+def _described(spec: str, described: Path, file: Path, drop: Drop) -> Backbone:
     """A file of timm's names, with a configuration in timm's layout beside it."""
-    architecture = str(config["architecture"])
+    layout = timm_layout(described)
+    architecture, arguments = layout.architecture, layout.arguments
     check_name(architecture)
-    pretrained = config.get("pretrained_cfg", config)
-    arguments = {**(config.get("model_args") or {}), **(config.get(EXTENSIONS_KEY) or {})}
-    arguments.setdefault("num_classes", config.get("num_classes", 0))
     model = create(architecture, **arguments, **drop_path_argument(architecture, drop.rate))
     found = unwrap(read_tree(file), None, file)
     load_exactly(model, found.tensors, what=str(file), strangers=found.strangers)
-    names = pretrained.get("label_names") or config.get("label_names")
     weights = f"{file.name} (sha256 {file_hash(file)})"
-    origin = Origin(spec, weights, pretrained.get("license"))
     return _wrap(
         model,
-        pretrained,
+        layout.pretrained,
         TimmBuild(architecture, arguments),
-        origin,
+        Origin(spec, weights, layout.pretrained.get("license")),
         arguments.get("img_size"),
         drop.always,
-        tuple(names) if names else None,
-        projection=True if config.get(HEAD_KEY) == PROJECTION else None,
+        layout.class_names,
+        projection=layout.projection,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from featdistill.config.commands import DistillConfig
@@ -29,6 +30,7 @@ class Assembly:
     schedule: Schedule
     runtime: Runtime
     notes: tuple[str, ...]
+    weights: Mapping[str, str]
 
 
 def assemble(config: DistillConfig) -> Assembly:
@@ -52,7 +54,8 @@ def assemble(config: DistillConfig) -> Assembly:
         seed=config.run.seed,
         quiet=True,  # described with the student
     )
-    student, notes = _student(config, teacher)
+    source = _source(config, teacher)
+    student, notes = _student(config, source)
     objective = FeatureDistillation(
         teacher=teacher,
         student=student,
@@ -68,18 +71,26 @@ def assemble(config: DistillConfig) -> Assembly:
     # rendered once at the larger of the two sizes, so that neither model sees enlarged pixels
     side = max(student.image_size[0], teacher.image_size[0])
     view = CropView(side, config.view.crop_scale, config.view.crop_ratio, config.view.flip)
-    return Assembly(data, view, objective, schedule, runtime, tuple(notes))
+    weights = {"teacher": teacher.origin.weights}
+    if source is not None and source is not teacher:
+        weights["student"] = source.origin.weights
+    return Assembly(data, view, objective, schedule, runtime, tuple(notes), weights)
 
 
-def _student(config: DistillConfig, teacher: Backbone) -> tuple[Backbone, list[str]]:
+def _source(config: DistillConfig, teacher: Backbone) -> Backbone | None:
+    """The model that the student continues from, if any."""
+    match config.student.init:
+        case "random":
+            return None
+        case "teacher":
+            return teacher
+        case spec:
+            return load_backbone(spec)
+
+
+def _student(config: DistillConfig, source: Backbone | None) -> tuple[Backbone, list[str]]:
     wanted = config.student
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    source = None
-    if wanted.init == "teacher":
-        source = teacher
-    elif wanted.init != "random":
-        spec, weights = wanted.init, "hub"
-        source = load_backbone(spec, weights=weights)
     position: PositionName | None = wanted.position.value if wanted.position else None
     if source is not None:
         mean, std = source.rgb

@@ -50,7 +50,11 @@ def run(config: DistillConfig) -> DistillResult:
     assembly = assemble(config)
     lines = _preflight(config, assembly)
     folder = open_run(
-        config.run.out, config, resume=config.run.resume, first=assembly.runtime.first
+        config.run.out,
+        config,
+        resume=config.run.resume,
+        first=assembly.runtime.first,
+        weights=assembly.weights,
     )
     log.info("\n".join(lines))
     objective = assembly.objective

@@ -214,7 +214,13 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     runtime = runtime_of(config.run)
     backbone = model_of(config.model, image_size=config.view.image_size, seed=config.run.seed)
     objective = classification(backbone, config, classes=classes, runtime=runtime)
-    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
+    folder = open_run(
+        config.run.out,
+        config,
+        resume=config.run.resume,
+        first=runtime.first,
+        weights={"model": backbone.origin.weights},
+    )
     say(
         f"model  {backbone.origin.spec}, {backbone.origin.weights}\n"
         f"data   {len(train):,} training images of {len(classes)} classes, "

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from featdistill.config.commands import KnnCommandConfig
-from featdistill.config.sections import KnnConfig
+from featdistill.config.sections import KnnConfig, ModelConfig
 from featdistill.core.errors import ConfigError
 from featdistill.core.records import write_record
 from featdistill.data.sources import Source, labelled
@@ -19,8 +19,7 @@ from featdistill.engine.tracking import say
 from featdistill.evaluation.features import extract
 from featdistill.evaluation.knn import knn
 from featdistill.models.backbone import Backbone
-from featdistill.models.load import load_backbone
-from featdistill.tasks.common import data_of, plain
+from featdistill.tasks.common import data_of, model_of, plain
 from featdistill.tasks.finetune import check_labels
 
 
@@ -90,7 +89,11 @@ def run(config: KnnCommandConfig) -> KnnResult:
     device = pick_device(config.run.device)
     weights = config.weights * (len(config.models) if len(config.weights) == 1 else 1)
     models = [
-        load_backbone(spec, weights=w, image_size=config.view.image_size, seed=config.run.seed)
+        model_of(
+            ModelConfig(spec=spec, weights=w),
+            image_size=config.view.image_size,
+            seed=config.run.seed,
+        )
         for spec, w in zip(config.models, weights, strict=True)
     ]
     say(f"{len(train):,} labelled images vote on {len(held):,}")

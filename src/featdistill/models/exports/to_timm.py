@@ -13,9 +13,9 @@ from torch import Tensor
 
 from featdistill.core.records import write_json
 from featdistill.models.backbone import Backbone
+from featdistill.models.checkpoints.settings import EXTENSIONS_KEY, HEAD_KEY, PROJECTION
 from featdistill.models.exports.common import Outputs, Target, cannot, state_of
 from featdistill.models.extensions import split_arguments
-from featdistill.models.load import EXTENSIONS_KEY, HEAD_KEY, PROJECTION
 
 
 def write(backbone: Backbone, folder: Path) -> list[str]:
