@@ -137,3 +137,12 @@ def test_a_metrics_line_cut_off_by_a_crash(tmp_path: Path) -> None:
     assert read_metrics(file) == []
     file.write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_metrics(file) == [{"step": 1}]
+
+
+def test_a_resumed_run_refuses_other_weights(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    here, then = {"teacher": "a.pth (sha256 1)"}, {"teacher": "a.pth (sha256 2)"}
+    open_run(str(out), config(out), resume=False, weights=here)
+    open_run(str(out), config(out), resume=True, weights=here)
+    with pytest.raises(RunError, match=r"other weights \(teacher: a.pth \(sha256 1\) -> a.pth \("):
+        open_run(str(out), config(out), resume=True, weights=then)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -236,3 +237,143 @@ def test_end_norms_survive_another_size_and_a_classifier(tmp_path: Path) -> None
         np.testing.assert_allclose(
             classifier(images(192)).map, backbone(images(192)).map, atol=1e-5
         )
+
+
+# --- parts of a file, and what begins with a prefix
+
+
+def tiny(tmp_path: Path, wrap: str = "", **others: object) -> Path:
+    """A small DINO under a prefix, with other parts beside it."""
+    tensors = {f"{wrap}{n}": v for n, v in Case.read("dino-backbone").tree().items()}
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": tensors, **others}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "net.", "_orig_mod.", "module._orig_mod.", "model.backbone."]
+)
+def test_prefixes_that_say_nothing(tmp_path: Path, prefix: str) -> None:
+    assert load_backbone(str(tiny(tmp_path, prefix))).width == 128
+
+
+def test_prefixes_that_have_to_be_chosen(tmp_path: Path) -> None:
+    whole = Case.read("dino-backbone").tree()
+    tensors = {f"base_encoder.{n}": v for n, v in whole.items()}
+    tensors |= {f"momentum_encoder.{n}": v * 2 for n, v in whole.items()}
+    path = tmp_path / "moco.pth"
+    torch.save({"state_dict": tensors}, path)
+    with pytest.raises(ModelError, match=r"base_encoder\. or momentum_encoder\..*branch base_enc"):
+        load_backbone(str(path))
+    backbone = load_backbone(str(path), branch="momentum_encoder.")
+    assert torch.equal(backbone.model.cls_token, whole["cls_token"] * 2)
+    assert backbone.origin.report is not None
+    assert len(backbone.origin.report.left_out["outside the chosen part"]) == len(whole)
+
+
+def test_an_average_beside_the_weights_is_told(tmp_path: Path) -> None:
+    average = {n: v * 0.5 for n, v in Case.read("dino-backbone").tree().items()}
+    path = tiny(tmp_path, state_dict_ema=average, optimizer={"state": {}})
+    backbone = load_backbone(str(path))
+    assert "not taken: state_dict_ema" in "\n".join(backbone.origin.loading)
+    assert torch.equal(
+        load_backbone(str(path), branch="state_dict_ema").model.cls_token, average["cls_token"]
+    )
+    torch.save({"state_dict_ema": average}, path)
+    with pytest.raises(ModelError, match="no named tensors but in state_dict_ema; say which"):
+        load_backbone(str(path))
+
+
+# --- what a name must not change
+
+
+def test_the_projection_is_wanted_by_name_too(tmp_path: Path) -> None:
+    name = "vit_tiny_patch16_224"
+    trunk = timm.create_model(name, num_classes=0).state_dict()
+    tensors = {f"visual.trunk.{n}": v for n, v in trunk.items()}
+    tensors["visual.head.proj.weight"] = torch.randn(24, 192)
+    torch.save(tensors, tmp_path / "w.bin")
+    backbone = load_backbone(f"timm/{name}", weights=str(tmp_path / "w.bin"))
+    assert backbone.num_classes == 0
+    assert backbone(images(224)).pooled.shape == (2, 24)
+
+    case = Case.read("clip-state")
+    tree = case.tree()
+    del tree["visual.proj"]
+    torch.save(tree, tmp_path / "clip.pt")
+    with pytest.raises(ModelError, match=r"1 missing \(visual\.proj\)"):
+        load_backbone("timm/vit_base_patch16_clip_224", weights=str(tmp_path / "clip.pt"))
+
+
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "xcit_nano_12_p16_224", "vit_relpos_small_patch16_224"]
+)
+def test_families_whose_keys_look_like_others(tmp_path: Path, name: str) -> None:
+    model = timm.create_model(name, num_classes=3)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    backbone = load_backbone(f"timm/{name}", weights=str(tmp_path / "w.safetensors"))
+    assert type(backbone.model) is type(model)
+    assert backbone.num_classes == 3
+
+
+def test_a_file_that_timms_conversion_cannot_read(tmp_path: Path) -> None:
+    save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match=r"w\.safetensors"):
+        load_backbone("timm/convnext_atto", weights=str(tmp_path / "w.safetensors"))
+
+
+def test_settings_of_another_model_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"preprocess_cfg": {"mean": [0.1, 0.1, 0.1], "std": [1, 1, 1]}})
+    )
+    path = Case.read("dino-backbone").write(tmp_path)
+    assert load_backbone(str(path)).mean.flatten()[0] == pytest.approx(0.485)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_cfg": None, "preprocess_cfg": None},
+        {"model_cfg": {"quick_gelu": False, "vision_cfg": None}},
+        {"preprocess_cfg": {"mean": [0.5], "std": [0.5, 0.5, 0.5]}},
+        {"preprocess_cfg": {"mean": "x", "std": 1}},
+        {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_unheard_of"}}},
+    ],
+)
+def test_damaged_settings(tmp_path: Path, config: dict[str, object]) -> None:
+    path = Case.read("open-clip-gelu").write(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with contextlib.suppress(ModelError):  # some are good enough; anything else is a traceback
+        load_backbone(str(path))
+
+
+def test_half_precision_buffers(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        tree = Case.read("swinv2").tree()
+        tree["model"] = {
+            n: v.to(dtype) if v.is_floating_point() else v for n, v in tree["model"].items()
+        }
+        torch.save(tree, tmp_path / "w.pth")
+        assert load_backbone(str(tmp_path / "w.pth")).image_size == (96, 96)
+
+
+def test_a_deit_3_has_no_position_for_its_cls(tmp_path: Path) -> None:
+    arguments = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 64, "num_classes": 5}
+    model = timm.create_model("deit3_small_patch16_224", **arguments).eval()
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    backbone = load_backbone(str(tmp_path / "w.safetensors"))
+    x = (images(64) - backbone.mean) / backbone.std
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images(64)).logits, model(x))
+
+
+def test_options_are_checked() -> None:
+    for option in ({"normalisation": "clpi"}, {"bias_resampling": "lineal"}):
+        with pytest.raises(ModelError, match="did you mean"):
+            load_backbone("timm/vit_tiny_patch16_224", weights="random", **option)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="no model was named"):
+        load_backbone("")
+    with pytest.raises(ModelError, match="cannot look at"):
+        load_backbone("x" * 5000 + ".pth")
+    with pytest.raises(ModelError, match="did you mean 'random'"):
+        load_backbone("timm/vit_tiny_patch16_224", weights="Random")
