@@ -82,7 +82,7 @@ def load_exactly(
 
 def _likely_cause(kinds: int) -> str:
     if kinds == 1:
-        return "was the file cut or edited, or is it of another version of this architecture?"
+        return "was the file cut or edited, or is it of another (version of this) architecture?"
     return "is it a checkpoint of this very architecture?"
 
 

@@ -352,7 +352,9 @@ def _misfit(
     return ModelError(
         f"'{read.path}' does not fit ({read.format.title}): {words(what)}",
         expected=words(expected) if expected else None,
-        fix=fix or "is the file whole, and as its project saved it?",
+        fix=fix
+        or "is the file whole, and as its project saved it? If it is of another "
+        "architecture of timm's, name that beside the file: timm/NAME",
     )
 
 

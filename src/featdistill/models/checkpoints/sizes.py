@@ -111,7 +111,7 @@ def heads_of(width: int, channels: int = 64) -> int:
 
 
 def classes_of(tensors: Tensors, head: str) -> int:
-    """Classes of a linear head `head.weight`, `head.bias`; 0 if there is none.
+    """Classes of a linear (or 1x1) head `head.weight`, `head.bias`; 0 if there is none.
 
     Raises:
         ModelError: weight and bias disagree, or the bias stands alone.
@@ -119,7 +119,7 @@ def classes_of(tensors: Tensors, head: str) -> int:
     weight, bias = tensors.get(f"{head}.weight"), tensors.get(f"{head}.bias")
     if weight is None and bias is None:
         return 0
-    belong = weight is not None and weight.ndim == 2
+    belong = weight is not None and weight.ndim in (2, 4)
     if belong and bias is not None:
         belong = weight is not None and tuple(bias.shape) == (len(weight),)
     if weight is None or not belong:
