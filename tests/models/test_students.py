@@ -103,8 +103,24 @@ def test_swin_window_is_no_larger_than_the_map() -> None:
 
 
 def test_every_short_name_is_tested_here() -> None:
-    assert set(SIZES) == {"vit-t", "vit-s", "vit-b", "vit-l", "swin-t", "swin-s", "swin-b"}
+    assert set(SIZES) == {
+        "vit-t",
+        "vit-s",
+        "vit-b",
+        "vit-l",
+        "swin-t",
+        "swin-s",
+        "swin-b",
+        "swin-g",
+    }
     assert on_meta("swin-s", 224).build.arguments["depths"] == (2, 2, 18, 2)
+
+
+def test_swin_g_has_three_billion_weights_and_extra_norms() -> None:
+    student = on_meta("swin-g", 224)
+    assert round(student.parameters_count / 1e9, 2) == 3.0
+    norms = [n for n in student.model.state_dict() if n.endswith("enorm.weight")]
+    assert len(norms) == 42 // 6
 
 
 def test_sizes_instead_of_the_named_ones() -> None:

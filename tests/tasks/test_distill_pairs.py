@@ -12,6 +12,7 @@ import torch
 
 import featdistill
 from featdistill.models.export import export_timm
+from featdistill.models.students import SIZES, SwinSize
 from tests.models.formats.parity import Case
 from tests.models.model_zoo import SWIN, images, small
 
@@ -168,3 +169,30 @@ def test_from_a_checkpoint_file(case: str, tmp_path: Path, pictures: Path) -> No
     record = json.loads((result.out / "distill.json").read_text())
     assert record["results"]["teacher"]["report"]["total"] > 20
     assert path.name in record["results"]["teacher"]["weights"]
+
+
+def test_a_student_that_timm_cannot_hold(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SwinV2-G's extra norms, small: what comes out is a plain export, and a model all the same."""
+    size = SwinSize(32, (1, 1, 2, 1), (1, 2, 4, 8), window=4, end_norm_period=2)
+    monkeypatch.setitem(SIZES, "swin-g", size)
+    teacher = export_timm(small(VIT, img_size=64, patch_size=16), tmp_path / "teacher").folder
+    result = featdistill.distill(
+        teacher=teacher,
+        student="swin-g",
+        data=pictures,
+        image_size=64,
+        batch_size=4,
+        steps=2,
+        lr=1e-3,
+        workers=0,
+        device="cpu",
+        out=tmp_path / "run",
+        run={"tensorboard": False},
+    )
+    assert result.export is not None
+    learnt = featdistill.load_backbone(str(result.out))
+    assert learnt.model.layers[2].blocks[1].enorm.weight.shape == (128,)
+    with torch.no_grad():
+        assert learnt(images(2, 64)).map.isfinite().all()

@@ -106,7 +106,7 @@ class TeacherConfig(ModelConfig):
 class StudentConfig(Section):
     """The model to make."""
 
-    name: str = Field("vit-b", description="vit-t/s/b/l, swin-t/s/b, or timm/NAME")
+    name: str = Field("vit-b", description="vit-t/s/b/l, swin-t/s/b/g, or timm/NAME")
     patch: Positive | None = Field(
         None, description="patch side in pixels; 16 (vit-l 14, swin 4) by default"
     )
@@ -120,7 +120,7 @@ class StudentConfig(Section):
     width: Positive | None = Field(None, description="channels, instead of the named size's")
     depth: Positive | None = Field(None, description="layers, instead of the named size's")
     heads: Positive | None = Field(None, description="heads, instead of the named size's")
-    window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
+    window: Positive | None = Field(None, description="Swin window; 7 (swin-b, -g: 14) by default")
     init_std: float | None = Field(
         None,
         gt=0,
@@ -132,7 +132,7 @@ class StudentConfig(Section):
 class NewModelConfig(Section):
     """A model to pre-train from nothing: a plain ViT (absolute positions), or a Swin."""
 
-    name: str = Field("vit-s", description="vit-t/s/b/l, swin-t/s/b, or timm/NAME")
+    name: str = Field("vit-s", description="vit-t/s/b/l, swin-t/s/b/g, or timm/NAME")
     patch: Positive | None = Field(
         None, description="patch side in pixels; 16 (vit-l 14, swin 4) by default"
     )
@@ -140,7 +140,7 @@ class NewModelConfig(Section):
     width: Positive | None = Field(None, description="channels, instead of the named size's")
     depth: Positive | None = Field(None, description="layers, instead of the named size's")
     heads: Positive | None = Field(None, description="heads, instead of the named size's")
-    window: Positive | None = Field(None, description="Swin window; 7 (swin-b 14) by default")
+    window: Positive | None = Field(None, description="Swin window; 7 (swin-b, -g: 14) by default")
 
 
 class DataConfig(Section):

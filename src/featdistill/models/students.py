@@ -44,13 +44,17 @@ class VitSize:
 
 @dataclass(frozen=True)
 class SwinSize:
-    """A Swin V2 student: width of the first stage, layers and heads of each, window side."""
+    """A Swin V2 student: width of the first stage, layers and heads of each, window side.
+
+    `end_norm_period`: an extra norm follows every so many blocks of a stage; 0: none.
+    """
 
     width: int
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     window: int
     patch: int = 4
+    end_norm_period: int = 0
 
 
 SIZES: dict[str, VitSize | SwinSize] = {
@@ -61,6 +65,7 @@ SIZES: dict[str, VitSize | SwinSize] = {
     "swin-t": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), window=7),
     "swin-s": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), window=7),
     "swin-b": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), window=14),
+    "swin-g": SwinSize(512, (2, 2, 42, 4), (16, 32, 64, 128), window=14, end_norm_period=6),
 }
 
 
@@ -237,9 +242,11 @@ def swin_build(size: SwinSize, image_size: int, patch: int, window: int) -> Timm
             "stage of a Swin",
             fix=f"give --image-size {near}",
         )
+    extra = {"end_norm_period": size.end_norm_period} if size.end_norm_period else {}
     return TimmBuild(
         "swinv2_tiny_window8_256",
         {
+            **extra,
             "img_size": image_size,
             "patch_size": patch,
             "embed_dim": size.width,
