@@ -1,11 +1,12 @@
 # make quickstart   install and run the whole loop on embedded data (minutes, offline after install)
 # make test         linters, types, import contract, tests
+# make test-slow    what takes longer: every tensor of every checkpoint format, the whole catalogue
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint unit test-gpu constraints clean
+.PHONY: quickstart test lint unit test-slow test-gpu constraints clean
 
 quickstart: $(STAMP)
 	@if [ -e runs/quickstart ]; then echo "removing the last quickstart's runs/quickstart"; fi
@@ -22,6 +23,9 @@ lint: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -q -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -q -m "slow and not gpu"
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -m gpu
