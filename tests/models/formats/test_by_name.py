@@ -18,6 +18,7 @@ from featdistill.models.checkpoints.formats import FORMATS
 from featdistill.models.checkpoints.load import load_checkpoint
 from featdistill.models.checkpoints.swins import SWIN_V2
 from featdistill.models.checkpoints.tables import convert, revert
+from featdistill.models.checkpoints.unwrap import Unwrapped
 from featdistill.models.load import load_backbone
 from featdistill.models.timm_models import create
 from tests.models.formats.parity import Case, images
@@ -377,3 +378,29 @@ def test_options_are_checked() -> None:
         load_backbone("x" * 5000 + ".pth")
     with pytest.raises(ModelError, match="did you mean 'random'"):
         load_backbone("timm/vit_tiny_patch16_224", weights="Random")
+
+
+def test_an_official_deit_3(tmp_path: Path) -> None:
+    """Its layer scales are named as BEiT's, everything else as DeiT's; the CLS has no position."""
+    arguments = {"embed_dim": 64, "depth": 2, "num_heads": 1, "img_size": 64, "num_classes": 5}
+    model = timm.create_model("deit3_small_patch16_224", **arguments).eval()
+    official = {
+        n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v
+        for n, v in model.state_dict().items()
+    }
+    torch.save({"model": official}, tmp_path / "deit_3_small.pth")
+    backbone = load_backbone(str(tmp_path / "deit_3_small.pth"))
+    x = (images(64) - backbone.mean) / backbone.std
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images(64)).logits, model(x))
+
+
+def test_heads_of_a_trunk_that_its_settings_name(tmp_path: Path) -> None:
+    """SigLIP 2's giant has 16 heads of 96 channels."""
+    name = "vit_giantopt_patch16_siglip_256"
+    with torch.device("meta"):
+        tensors = timm.create_model(name, depth=1, num_classes=0).state_dict()
+    found = next(f for f in FORMATS if f.recognises(tensors))
+    unwrapped = Unwrapped(tensors, "visual.trunk.", {}, (), len(tensors), (), ())
+    hints = found.hints(unwrapped, convert(tensors, found.rules), {"timm_model_name": name})
+    assert hints["num_heads"] == 16

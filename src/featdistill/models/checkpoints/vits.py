@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import timm
+import torch
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from torch import Tensor
@@ -40,6 +43,8 @@ _PLAIN_VIT = (
     Rule("dino_head.*", None, HEAD),
     Rule("ibot_head.*", None, HEAD),
     Rule("register_tokens", "reg_token"),
+    Rule("blocks.#.gamma_1", "blocks.#.ls1.gamma"),  # DeiT-III, iBOT
+    Rule("blocks.#.gamma_2", "blocks.#.ls2.gamma"),
     Rule("blocks.#.mlp.w12.*", "blocks.#.mlp.fc1.*"),
     Rule("blocks.#.mlp.w3.*", "blocks.#.mlp.fc2.*"),
     *same("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.proj.*"),
@@ -78,7 +83,11 @@ def _vit_hints(unwrapped: Unwrapped, converted: Converted, settings: Settings) -
         if math.isqrt(max(0, rows - 1)) ** 2 != rows - 1:
             raise ModelError(f"1 of another shape (pos_embed with {rows} rows)")
     if architecture := settings.get("timm_model_name"):
-        return {"architecture": architecture, "rgb": (CLIP_MEAN, CLIP_STD)}
+        return {
+            "architecture": architecture,
+            "rgb": (CLIP_MEAN, CLIP_STD),
+            **_heads_of(architecture, converted.tensors),
+        }
     names = converted.tensors
     if any(name.startswith("norm_pre.") for name in names):
         return clip_arguments(unwrapped.tensors, names, settings)
@@ -92,11 +101,21 @@ def _vit_hints(unwrapped: Unwrapped, converted: Converted, settings: Settings) -
     )
 
 
+def _heads_of(architecture: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The heads of a named architecture, if the tensors have its width."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(architecture)
+    width = width_of(tensors, r"blocks\.\d+\.norm[12]\.(weight|bias)")
+    if getattr(model, "embed_dim", None) != width:
+        return {}
+    return {"num_heads": model.blocks[0].attn.num_heads}
+
+
 VIT = Format(
     name="vit",
     title="plain ViT, as DINO, iBOT, DeiT, MAE, DINOv2 and timm write it",
     marks=("blocks.#.attn.qkv.weight", "blocks.#.norm1.weight"),
-    never=("blocks.#.attn.q_bias", "blocks.#.gamma_1", "rel_pos_bias.*", *_DINOV3_MARKS),
+    never=("blocks.#.attn.q_bias", "rel_pos_bias.*", *_DINOV3_MARKS),
     rules=_PLAIN_VIT,
     plan=families.vision_transformer,
     normalisation_known=False,
