@@ -13,6 +13,7 @@ import torch
 import featdistill
 from featdistill.models.export import export_timm
 from featdistill.models.students import SIZES, SwinSize
+from featdistill.tasks.distill import DistillResult
 from tests.models.formats.parity import Case
 from tests.models.model_zoo import SWIN, images, small
 
@@ -110,24 +111,32 @@ def teacher_of(pair: Pair, folder: Path) -> Path:
     return export_timm(backbone, folder / "teacher").folder
 
 
+def distilled(folder: Path, pictures: Path, **options: Any) -> DistillResult:
+    """A few steps on pictures of noise."""
+    return featdistill.distill(
+        data=pictures,
+        batch_size=4,
+        lr=1e-3,
+        workers=0,
+        device="cpu",
+        out=folder / "run",
+        run={"tensorboard": False},
+        **options,
+    )
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_pair(name: str, tmp_path: Path, pictures: Path) -> None:
     pair = PAIRS[name]
-    options: dict[str, Any] = {
-        "teacher": teacher_of(pair, tmp_path),
-        "student": pair.student,
-        "data": pictures,
-        "image_size": pair.size,
-        "batch_size": 4,
-        "steps": 3,
-        "lr": 1e-3,
-        "workers": 0,
-        "device": "cpu",
-        "out": tmp_path / "run",
-        "run": {"tensorboard": False},
+    result = distilled(
+        tmp_path,
+        pictures,
+        teacher=teacher_of(pair, tmp_path),
+        student=pair.student,
+        image_size=pair.size,
+        steps=3,
         **pair.options,
-    }
-    result = featdistill.distill(**options)
+    )
     record = json.loads((result.out / "distill.json").read_text())
     pairing = record["results"]["pairing"]
     teacher, student = pair.grids
@@ -149,20 +158,15 @@ def test_pair(name: str, tmp_path: Path, pictures: Path) -> None:
 def test_from_a_checkpoint_file(case: str, tmp_path: Path, pictures: Path) -> None:
     path = Case.read(case).write(tmp_path)
     student = {**VIT_STUDENT, "patch": 16, "depth": 1}
-    result = featdistill.distill(
+    result = distilled(
+        tmp_path,
+        pictures,
         teacher=path,
         teacher_image_size=64 if case != "esvit-w3" else 96,
         student=student,
         target="pooled" if case == "clip-state" else "map",
-        data=pictures,
         image_size=64,
-        batch_size=4,
         steps=2,
-        lr=1e-3,
-        workers=0,
-        device="cpu",
-        out=tmp_path / "run",
-        run={"tensorboard": False},
     )
     log = (result.out / "log.txt").read_text()
     assert "tensors, renamed" in log
@@ -178,18 +182,8 @@ def test_a_student_that_timm_cannot_hold(
     size = SwinSize(32, (1, 1, 2, 1), (1, 2, 4, 8), window=4, end_norm_period=2)
     monkeypatch.setitem(SIZES, "swin-g", size)
     teacher = export_timm(small(VIT, img_size=64, patch_size=16), tmp_path / "teacher").folder
-    result = featdistill.distill(
-        teacher=teacher,
-        student="swin-g",
-        data=pictures,
-        image_size=64,
-        batch_size=4,
-        steps=2,
-        lr=1e-3,
-        workers=0,
-        device="cpu",
-        out=tmp_path / "run",
-        run={"tensorboard": False},
+    result = distilled(
+        tmp_path, pictures, teacher=teacher, student="swin-g", image_size=64, steps=2
     )
     assert result.export is not None
     learnt = featdistill.load_backbone(str(result.out))
