@@ -259,6 +259,31 @@ def test_students_in_the_official_layout(position: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("position", ["shared-rpb", "rpb", "ape", "none"])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_official_files_snippet_gives_the_model(
+    heads: int, position: str, tmp_path: Path
+) -> None:
+    """Heads of other than 64 channels show in bias tables alone."""
+    backbone = imagenet(small_beit(position, embed_dim=128, num_heads=heads))
+    done = export(backbone, tmp_path / "out", to="official")
+    scope: dict[str, Any] = {}
+    exec(done.snippet, scope)
+    if position == "none" or (position == "ape" and heads == 4):
+        assert "model" not in scope
+        assert "do not show" in done.notes[-1]
+    else:
+        again = scope["model"](images(2, 32))
+        torch.testing.assert_close(again.map, backbone(images(2, 32)).map, rtol=1e-5, atol=1e-5)
+
+
+def test_an_official_file_that_loads_as_another_model(tmp_path: Path) -> None:
+    backbone = imagenet(small_beit(norm_eps=1e-2))
+    with pytest.raises(ModelError, match="not exact"):
+        export(backbone, tmp_path / "out", to="official")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "make",
     [

@@ -18,12 +18,14 @@ from featdistill.core.errors import ModelError
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featdistill.models.checkpoints.files import read_tree
 from featdistill.models.checkpoints.formats import recognise
+from featdistill.models.checkpoints.sizes import heads_of
 from featdistill.models.checkpoints.spec import Format
 from featdistill.models.checkpoints.swins import SWIN_V2
 from featdistill.models.checkpoints.tables import Rule, any_matches, convert, revert
 from featdistill.models.checkpoints.unwrap import unwrap
 from featdistill.models.checkpoints.vits import BEIT
 from featdistill.models.exports.common import Outputs, Target, cannot, outputs_of
+from featdistill.models.load import load_backbone
 from featdistill.models.timm_models import create
 from featdistill.models.weights import load_exactly
 
@@ -43,11 +45,32 @@ def write(backbone: Backbone, folder: Path) -> list[str]:
         "config": None,
     }
     torch.save(tree, folder / FILE)
-    return [
+    notes = [
         "Read by the official `main_finetune.py --cfg CFG --pretrained FILE`, with this in CFG: "
         f"`{_settings(backbone)}`.",
         "The file has no optimiser: `--resume` has nothing to resume from.",
     ]
+    if why := _untold(backbone):
+        notes.append(
+            f"`featdistill.load_backbone` cannot read it rightly: {why}. For that use --to plain."
+        )
+    return notes
+
+
+def _untold(backbone: Backbone) -> str | None:
+    """What the file's tensors do not tell of the model, if anything."""
+    model: Any = backbone.model
+    if not isinstance(model, Beit) or any("bias_table" in name for name in model.state_dict()):
+        return None
+    if model.pos_embed is None:
+        return "without positions its tensors do not show the image size"
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    if heads != heads_of(width):
+        return (
+            f"without a bias table its tensors do not show its {heads} heads, and "
+            f"{heads_of(width)} are taken for a width of {width}"
+        )
+    return None
 
 
 def _format_of(backbone: Backbone) -> Format:
@@ -133,10 +156,10 @@ def _settings(backbone: Backbone) -> str:
 
 
 def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Outputs]:
-    """What our reader of official files makes of it.
+    """What our readers of official files make of it.
 
-    The architecture is the model's own: heads of other than 64 channels, for one, are in the
-    official configuration and not in the file.
+    Once with the model's own architecture, which the official configuration tells and the file may
+    not; and once as users load the file, if that is said to work.
     """
     unwrapped = unwrap(read_tree(folder / FILE), None, folder / FILE)
     format_ = recognise(unwrapped)
@@ -163,15 +186,49 @@ def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Out
         class_names=backbone.class_names,
         fixed_size=backbone.fixed_size,
     ).eval()
-    return outputs_of(again, images), outputs_of(backbone, images)
+    theirs, ours = outputs_of(again, images), outputs_of(backbone, images)
+    if _untold(backbone) is None:
+        loaded = _loaded(backbone, folder / FILE)
+        theirs |= {f"{k} (load_backbone)": v for k, v in outputs_of(loaded, images).items()}
+        ours |= {f"{k} (load_backbone)": v for k, v in ours.items()}
+    return theirs, ours
 
 
-def snippet(_: Backbone, folder: str) -> str:
+def _loaded(backbone: Backbone, path: Path) -> Backbone:
+    """The file as the snippet loads it."""
+    try:
+        loaded = load_backbone(str(path), image_size=backbone.image_size[0])
+    except ModelError as error:
+        raise ModelError(
+            f"the export is not exact: featdistill.load_backbone does not read it ({error})",
+            fix=_INSTEAD,
+        ) from None
+    if loaded.image_size != backbone.image_size:
+        raise ModelError(
+            "the export is not exact: featdistill.load_backbone takes its images for "
+            f"{loaded.image_size}",
+            expected=str(backbone.image_size),
+            fix=_INSTEAD,
+        )
+    for mine, theirs in zip(backbone.rgb, loaded.rgb, strict=True):
+        if any(abs(a - b) > 1e-4 for a, b in zip(mine, theirs, strict=True)):
+            raise ModelError(
+                f"the export is not exact: featdistill.load_backbone normalises with {theirs}",
+                expected=str(mine),
+                fix=_INSTEAD,
+            )
+    return loaded
+
+
+def snippet(backbone: Backbone, folder: str) -> str:
     """How to read the file."""
+    tensors = f'import torch\ntensors = torch.load("{folder}/{FILE}", weights_only=True)["model"]'
+    if _untold(backbone) is not None:
+        return tensors
+    size = backbone.image_size[0]
     return (
-        "import torch, featdistill\n"
-        f'tensors = torch.load("{folder}/{FILE}", weights_only=True)["model"]\n'
-        f'model = featdistill.load_backbone("{folder}/{FILE}")'
+        f"{tensors}\nimport featdistill\n"
+        f'model = featdistill.load_backbone("{folder}/{FILE}", image_size={size})'
     )
 
 
