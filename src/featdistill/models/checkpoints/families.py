@@ -249,10 +249,13 @@ def beit(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
 
 
 def _beit_heads(width: int, tables: Tensors) -> int:
-    """Heads by the family's rule, or as many as all bias tables have columns, if they differ."""
+    """Heads by the family's rule, or as many as several bias tables agree on.
+
+    A table alone proves nothing: it may have lost columns.
+    """
     usual = heads_of(width)
     columns = {v.shape[1] if v.ndim == 2 else 0 for v in tables.values()}
-    if len(columns) != 1 or usual in columns:
+    if len(tables) < 2 or len(columns) != 1 or usual in columns:
         return usual
     heads = columns.pop()
     return heads if heads and width % heads == 0 else usual

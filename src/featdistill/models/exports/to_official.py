@@ -6,6 +6,7 @@ models/. A student stands under `encoder.`, a fine-tuned classifier by itself.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def write(backbone: Backbone, folder: Path) -> list[str]:
         "max_accuracy": 0.0,  # beside every official model; by it and `config` the file is known
         "config": None,
     }
-    torch.save(tree, folder / FILE)
+    packed = io.BytesIO()  # torch's own writer hides why it cannot write a file
+    torch.save(tree, packed)
+    (folder / FILE).write_bytes(packed.getbuffer())
     notes = [
         "Read by the official `main_finetune.py --cfg CFG --pretrained FILE`, with this in CFG: "
         f"`{_settings(backbone)}`.",
@@ -60,15 +63,16 @@ def write(backbone: Backbone, folder: Path) -> list[str]:
 def _untold(backbone: Backbone) -> str | None:
     """What the file's tensors do not tell of the model, if anything."""
     model: Any = backbone.model
-    if not isinstance(model, Beit) or any("bias_table" in name for name in model.state_dict()):
+    if not isinstance(model, Beit):
         return None
-    if model.pos_embed is None:
+    tables = sum("bias_table" in name for name in model.state_dict())
+    if model.pos_embed is None and not tables:
         return "without positions its tensors do not show the image size"
     heads, width = model.blocks[0].attn.num_heads, model.embed_dim
-    if heads != heads_of(width):
+    if tables < 2 and heads != heads_of(width):  # several tables that agree show them
         return (
-            f"without a bias table its tensors do not show its {heads} heads, and "
-            f"{heads_of(width)} are taken for a width of {width}"
+            f"without a bias table in each layer its tensors do not show its {heads} heads, "
+            f"which would be {heads_of(width)} by its width"
         )
     return None
 
@@ -133,6 +137,9 @@ def _settings(backbone: Backbone) -> str:
             "EMBED_DIM": model.embed_dim,
             "DEPTH": len(model.blocks),
             "NUM_HEADS": block.attn.num_heads,
+            "MLP_RATIO": block.mlp.fc1.out_features / model.embed_dim,
+            # whether there are layer scales; their values are in the file
+            "INIT_VALUES": 0.1 if block.gamma_1 is not None else 0.0,
             "PATCH_SIZE": model.patch_embed.patch_size[0],
             "USE_APE": model.pos_embed is not None,
             # its fine-tuning copies a shared bias into each layer
@@ -142,8 +149,10 @@ def _settings(backbone: Backbone) -> str:
         }
         kind, section = "vit", "VIT"
     else:
+        mlp: Any = model.layers[0].blocks[0].mlp
         values = {
             "EMBED_DIM": model.embed_dim,
+            "MLP_RATIO": mlp.fc1.out_features / mlp.fc1.in_features,
             "DEPTHS": [len(stage.blocks) for stage in model.layers],
             "NUM_HEADS": [stage.blocks[0].attn.num_heads for stage in model.layers],
             "PATCH_SIZE": model.patch_embed.patch_size[0],
@@ -222,13 +231,14 @@ def _loaded(backbone: Backbone, path: Path) -> Backbone:
 
 def snippet(backbone: Backbone, folder: str) -> str:
     """How to read the file."""
-    tensors = f'import torch\ntensors = torch.load("{folder}/{FILE}", weights_only=True)["model"]'
+    path = f"{folder}/{FILE}"
+    tensors = f'tensors = torch.load("{path}", weights_only=True)["model"]'
     if _untold(backbone) is not None:
-        return tensors
+        return f"import torch\n{tensors}"
     size = backbone.image_size[0]
     return (
-        f"{tensors}\nimport featdistill\n"
-        f'model = featdistill.load_backbone("{folder}/{FILE}", image_size={size})'
+        f"import torch, featdistill\n{tensors}\n"
+        f'model = featdistill.load_backbone("{path}", image_size={size})'
     )
 
 
