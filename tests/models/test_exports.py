@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from featdistill.config.commands import ExportConfig
 from featdistill.core.errors import ModelError, RunError
+from featdistill.core.records import write_json
 from featdistill.engine.rundir import check_out
 from featdistill.models.backbone import (
     IMAGENET_MEAN,
@@ -169,6 +170,37 @@ def test_transformers_loads_a_timm_folder_too(tmp_path: Path) -> None:
     torch.testing.assert_close(pooled, small_swin()(x).pooled, **CLOSE)
 
 
+def _squeeze(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings of another normalisation."""
+    other: dict[str, Any] = {"mean": [0.0] * 3, "std": [9.0] * 3}
+    told = told | {"image_mean": other["mean"], "image_std": other["std"]}
+    return told | {"pretrained_cfg": told.get("pretrained_cfg", {}) | other}
+
+
+def _swap_names(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings of other class names."""
+    names = ["dog", "cat", "hen"]
+    timms = {"label_names": names}
+    told = told | {"id2label": {str(i): n for i, n in enumerate(names)}}
+    return told | timms | {"pretrained_cfg": told.get("pretrained_cfg", {}) | timms}
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface"])
+@pytest.mark.parametrize("change", [_squeeze, _swap_names])
+def test_the_check_reads_the_settings_too(
+    to: str,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if to == "huggingface":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    module = f"featdistill.models.exports.to_{to}.write_json"
+    monkeypatch.setattr(module, lambda path, told: write_json(path, change(told)))
+    with pytest.raises(ModelError, match="not exact"):
+        export(classifier(small_beit()), tmp_path / "out", to=to)
+
+
 REFUSED: dict[str, tuple[str, Callable[[], Backbone], str]] = {
     "mean of a ViT": ("huggingface", lambda: classifier(small_vit()), "its norm follows the mean"),
     "no CLS": (
@@ -283,7 +315,7 @@ def test_the_official_files_snippet_gives_the_model(
 
 
 def test_an_official_file_that_loads_as_another_model(tmp_path: Path) -> None:
-    backbone = imagenet(small_beit(norm_eps=1e-2))
+    backbone = imagenet(small_beit("rpb", norm_eps=1e-2))
     with pytest.raises(ModelError, match="not exact"):
         export(backbone, tmp_path / "out", to="official")
 
