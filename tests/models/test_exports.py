@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +20,8 @@ from torch import Tensor, nn
 
 from featdistill.config.commands import ExportConfig
 from featdistill.core.errors import ModelError, RunError
+from featdistill.core.records import write_json
+from featdistill.engine.rundir import check_out
 from featdistill.models.backbone import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -164,6 +170,37 @@ def test_transformers_loads_a_timm_folder_too(tmp_path: Path) -> None:
     torch.testing.assert_close(pooled, small_swin()(x).pooled, **CLOSE)
 
 
+def _squeeze(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings of another normalisation."""
+    other: dict[str, Any] = {"mean": [0.0] * 3, "std": [9.0] * 3}
+    told = told | {"image_mean": other["mean"], "image_std": other["std"]}
+    return told | {"pretrained_cfg": told.get("pretrained_cfg", {}) | other}
+
+
+def _swap_names(told: dict[str, Any]) -> dict[str, Any]:
+    """Settings of other class names."""
+    names = ["dog", "cat", "hen"]
+    timms = {"label_names": names}
+    told = told | {"id2label": {str(i): n for i, n in enumerate(names)}}
+    return told | timms | {"pretrained_cfg": told.get("pretrained_cfg", {}) | timms}
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface"])
+@pytest.mark.parametrize("change", [_squeeze, _swap_names])
+def test_the_check_reads_the_settings_too(
+    to: str,
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if to == "huggingface":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    module = f"featdistill.models.exports.to_{to}.write_json"
+    monkeypatch.setattr(module, lambda path, told: write_json(path, change(told)))
+    with pytest.raises(ModelError, match="not exact"):
+        export(classifier(small_beit()), tmp_path / "out", to=to)
+
+
 REFUSED: dict[str, tuple[str, Callable[[], Backbone], str]] = {
     "mean of a ViT": ("huggingface", lambda: classifier(small_vit()), "its norm follows the mean"),
     "no CLS": (
@@ -256,6 +293,31 @@ def test_students_in_the_official_layout(position: str, tmp_path: Path) -> None:
     assert done.difference == 0
     assert f"USE_APE: {position == 'ape'}" in done.notes[0]
     assert f"USE_RPB: {position.endswith('rpb')}" in done.notes[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", ["shared-rpb", "rpb", "ape", "none"])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_official_files_snippet_gives_the_model(
+    heads: int, position: str, tmp_path: Path
+) -> None:
+    """Heads of other than 64 channels show in the layers' bias tables alone."""
+    backbone = imagenet(small_beit(position, embed_dim=128, num_heads=heads))
+    done = export(backbone, tmp_path / "out", to="official")
+    scope: dict[str, Any] = {}
+    exec(done.snippet, scope)
+    if position == "none" or (position != "rpb" and heads == 4):
+        assert "model" not in scope
+        assert "do not show" in done.notes[-1]
+    else:
+        again = scope["model"](images(2, 32))
+        torch.testing.assert_close(again.map, backbone(images(2, 32)).map, rtol=1e-5, atol=1e-5)
+
+
+def test_an_official_file_that_loads_as_another_model(tmp_path: Path) -> None:
+    backbone = imagenet(small_beit("rpb", norm_eps=1e-2))
+    with pytest.raises(ModelError, match="not exact"):
+        export(backbone, tmp_path / "out", to="official")
 
 
 @torch.no_grad()
@@ -396,3 +458,61 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write the export"):
         export(small_beit(), tmp_path / "file" / "out", to="plain")
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from test_exports import imagenet
+from model_zoo import small_beit
+from featdistill.core.errors import RunError
+from featdistill.models.export import export
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+for to in ("plain", "timm", "official", *sys.argv[2:]):
+    try:
+        export(imagenet(small_beit()), Path(sys.argv[1]) / to, to=to)
+    except RunError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+    more = ["huggingface"] if find_spec("transformers") else []
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path), *more],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 + len(more)
+    assert all("cannot write the export" in line for line in lines)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_may_be_the_current_one_or_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("there")
+    monkeypatch.chdir(tmp_path / "here")
+    export(small_beit(), Path(), to="plain")
+    export(small_beit(), tmp_path / "link", to="plain")
+    assert (tmp_path / "link").is_symlink()
+    for name in ("here", "there"):
+        assert (tmp_path / name / "model.safetensors").is_file()
+    (tmp_path / "dangling").symlink_to("nothing")
+    with pytest.raises(RunError, match="a link to nothing"):
+        check_out(str(tmp_path / "dangling"), resume=False)
+
+
+def test_a_library_that_is_installed_and_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_library.py").write_text("raise ImportError('libfoo.so is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    target = replace(target_of("plain"), modules=("broken_library",))
+    with pytest.raises(ModelError, match=r"cannot be imported \(libfoo\.so is missing\)"):
+        target.check_installed()

@@ -41,6 +41,8 @@ def check_out(out: str, *, resume: bool) -> None:
     path = Path(out).expanduser()
     if path.exists() and not path.is_dir():
         raise RunError(f"output '{out}' is a file", expected="a folder", fix="give another --out")
+    if path.is_symlink() and not path.exists():
+        raise RunError(f"output '{out}' is a link to nothing", fix="give another --out")
     if resume:
         if not (path / "config.yaml").is_file():
             raise RunError(

@@ -226,7 +226,7 @@ def beit(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
             f"the checkpoint has no positions: neither pos_embed nor {shared} nor "
             "blocks.#.attn.relative_position_bias_table"
         )
-    heads = extra.get("num_heads") or heads_of(width)
+    heads = extra.get("num_heads") or _beit_heads(width, tables)
     if tables and not any(v.ndim == 2 and v.shape[1] == heads for v in tables.values()):
         name, value = next(iter(tables.items()))
         raise ModelError(f"1 of another shape ({name} {tuple(value.shape)} for {heads} heads)")
@@ -246,6 +246,19 @@ def beit(tensors: Tensors, extra: Mapping[str, Any]) -> Plan:
         "global_pool": "avg" if _has(tensors, "fc_norm.") else "token",
     }
     return Plan(TimmBuild("beit_base_patch16_224", {**arguments, **extra}), sides[0] * patch)
+
+
+def _beit_heads(width: int, tables: Tensors) -> int:
+    """Heads by the family's rule, or as many as several bias tables agree on.
+
+    A table alone proves nothing: it may have lost columns.
+    """
+    usual = heads_of(width)
+    columns = {v.shape[1] if v.ndim == 2 else 0 for v in tables.values()}
+    if len(tables) < 2 or len(columns) != 1 or usual in columns:
+        return usual
+    heads = columns.pop()
+    return heads if heads and width % heads == 0 else usual
 
 
 _STAGE = r"layers\.(\d+)\."

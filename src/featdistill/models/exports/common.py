@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError, RunError
@@ -74,8 +76,21 @@ class Target:
     reason: Callable[[Backbone], str | None] = lambda _: None
 
     def check_installed(self) -> None:
-        """Raise ModelError if a library is missing that this format needs."""
-        missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
+        """Raise ModelError if a library that this format needs is missing or broken."""
+        missing = []
+        for module in self.modules:
+            if importlib.util.find_spec(module) is None:
+                missing.append(module)
+                continue
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # a broken installation raises whatever it likes
+                line = " ".join(str(error).split())[:200]
+                raise ModelError(
+                    f"--to {self.name} needs {module}, which is installed but cannot be imported "
+                    f"({line})",
+                    fix=f"pip install --force-reinstall {module}",
+                ) from None
         if missing:
             raise ModelError(
                 f"--to {self.name} needs {', '.join(missing)}, which is not installed",
@@ -95,7 +110,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     Raises:
         RunError: it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
+    try:
+        folder = folder.resolve()  # `.` has no name; and a link stays, only its folder is replaced
+        temporary = folder.with_name(f".{folder.name}.writing")
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise RunError(f"cannot write the export '{folder}' ({error})") from None
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -104,6 +123,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         os.rename(temporary, folder)
     except OSError as error:
         raise RunError(f"cannot write the export '{folder}' ({error.strerror or error})") from None
+    except SafetensorError as error:
+        raise RunError(f"cannot write the export '{folder}' ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

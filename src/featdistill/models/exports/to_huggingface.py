@@ -51,7 +51,7 @@ def _processor(backbone: Backbone) -> dict[str, Any]:
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(height / _CROP)},
+        "size": {"shortest_edge": int(height / _CROP)},
         "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -68,7 +68,8 @@ def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Out
     """What transformers makes of the folder: tokens, pooled vector and logits."""
     native = native_of(backbone)
     model = _load(backbone, native, folder)
-    pixels = (images - backbone.mean) / backbone.std
+    pixels = _pixels(folder, images)
+    _compare_names(backbone, model)
     base = getattr(model, model.base_model_prefix, model) if backbone.num_classes else model
     seen = base(pixel_values=pixels)
     tokens = seen.last_hidden_state
@@ -85,6 +86,31 @@ def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Out
     if backbone.num_classes:
         theirs["logits"], mine["logits"] = model(pixel_values=pixels).logits, ours["logits"]
     return theirs, mine
+
+
+def _pixels(folder: Path, images: Tensor) -> Tensor:
+    """The images as the written processor normalises them; their size is right already."""
+    import transformers
+
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    seen = processor(
+        images=[image.numpy() * 255 for image in images],
+        do_resize=False,
+        do_center_crop=False,
+        do_convert_rgb=False,
+        input_data_format="channels_first",
+        return_tensors="pt",
+    )
+    pixels: Tensor = seen["pixel_values"]
+    return pixels
+
+
+def _compare_names(backbone: Backbone, model: Any) -> None:
+    if not backbone.class_names:
+        return
+    said = tuple(model.config.id2label[i] for i in range(len(model.config.id2label)))
+    if said != tuple(backbone.class_names):
+        raise ModelError("the export is not exact: its classes have other names")
 
 
 def _part(model: Any, path: str) -> Any:

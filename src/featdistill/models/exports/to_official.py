@@ -6,6 +6,7 @@ models/. A student stands under `encoder.`, a fine-tuned classifier by itself.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from featdistill.core.errors import ModelError
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featdistill.models.checkpoints.files import read_tree
 from featdistill.models.checkpoints.formats import recognise
+from featdistill.models.checkpoints.sizes import heads_of
 from featdistill.models.checkpoints.spec import Format
 from featdistill.models.checkpoints.swins import SWIN_V2
 from featdistill.models.checkpoints.tables import Rule, any_matches, convert, revert
 from featdistill.models.checkpoints.unwrap import unwrap
 from featdistill.models.checkpoints.vits import BEIT
 from featdistill.models.exports.common import Outputs, Target, cannot, outputs_of
+from featdistill.models.load import load_backbone
 from featdistill.models.timm_models import create
 from featdistill.models.weights import load_exactly
 
@@ -42,12 +45,36 @@ def write(backbone: Backbone, folder: Path) -> list[str]:
         "max_accuracy": 0.0,  # beside every official model; by it and `config` the file is known
         "config": None,
     }
-    torch.save(tree, folder / FILE)
-    return [
+    packed = io.BytesIO()  # torch's own writer hides why it cannot write a file
+    torch.save(tree, packed)
+    (folder / FILE).write_bytes(packed.getbuffer())
+    notes = [
         "Read by the official `main_finetune.py --cfg CFG --pretrained FILE`, with this in CFG: "
         f"`{_settings(backbone)}`.",
         "The file has no optimiser: `--resume` has nothing to resume from.",
     ]
+    if why := _untold(backbone):
+        notes.append(
+            f"`featdistill.load_backbone` cannot read it rightly: {why}. For that use --to plain."
+        )
+    return notes
+
+
+def _untold(backbone: Backbone) -> str | None:
+    """What the file's tensors do not tell of the model, if anything."""
+    model: Any = backbone.model
+    if not isinstance(model, Beit):
+        return None
+    tables = sum("bias_table" in name for name in model.state_dict())
+    if model.pos_embed is None and not tables:
+        return "without positions its tensors do not show the image size"
+    heads, width = model.blocks[0].attn.num_heads, model.embed_dim
+    if tables < 2 and heads != heads_of(width):  # several tables that agree show them
+        return (
+            f"without a bias table in each layer its tensors do not show its {heads} heads, "
+            f"which would be {heads_of(width)} by its width"
+        )
+    return None
 
 
 def _format_of(backbone: Backbone) -> Format:
@@ -110,6 +137,9 @@ def _settings(backbone: Backbone) -> str:
             "EMBED_DIM": model.embed_dim,
             "DEPTH": len(model.blocks),
             "NUM_HEADS": block.attn.num_heads,
+            "MLP_RATIO": block.mlp.fc1.out_features / model.embed_dim,
+            # whether there are layer scales; their values are in the file
+            "INIT_VALUES": 0.1 if block.gamma_1 is not None else 0.0,
             "PATCH_SIZE": model.patch_embed.patch_size[0],
             "USE_APE": model.pos_embed is not None,
             # its fine-tuning copies a shared bias into each layer
@@ -119,8 +149,10 @@ def _settings(backbone: Backbone) -> str:
         }
         kind, section = "vit", "VIT"
     else:
+        mlp: Any = model.layers[0].blocks[0].mlp
         values = {
             "EMBED_DIM": model.embed_dim,
+            "MLP_RATIO": mlp.fc1.out_features / mlp.fc1.in_features,
             "DEPTHS": [len(stage.blocks) for stage in model.layers],
             "NUM_HEADS": [stage.blocks[0].attn.num_heads for stage in model.layers],
             "PATCH_SIZE": model.patch_embed.patch_size[0],
@@ -133,10 +165,10 @@ def _settings(backbone: Backbone) -> str:
 
 
 def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Outputs]:
-    """What our reader of official files makes of it.
+    """What our readers of official files make of it.
 
-    The architecture is the model's own: heads of other than 64 channels, for one, are in the
-    official configuration and not in the file.
+    Once with the model's own architecture, which the official configuration tells and the file may
+    not; and once as users load the file, if that is said to work.
     """
     unwrapped = unwrap(read_tree(folder / FILE), None, folder / FILE)
     format_ = recognise(unwrapped)
@@ -163,15 +195,50 @@ def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Out
         class_names=backbone.class_names,
         fixed_size=backbone.fixed_size,
     ).eval()
-    return outputs_of(again, images), outputs_of(backbone, images)
+    theirs, ours = outputs_of(again, images), outputs_of(backbone, images)
+    if _untold(backbone) is None:
+        loaded = _loaded(backbone, folder / FILE)
+        theirs |= {f"{k} (load_backbone)": v for k, v in outputs_of(loaded, images).items()}
+        ours |= {f"{k} (load_backbone)": v for k, v in ours.items()}
+    return theirs, ours
 
 
-def snippet(_: Backbone, folder: str) -> str:
+def _loaded(backbone: Backbone, path: Path) -> Backbone:
+    """The file as the snippet loads it."""
+    try:
+        loaded = load_backbone(str(path), image_size=backbone.image_size[0])
+    except ModelError as error:
+        raise ModelError(
+            f"the export is not exact: featdistill.load_backbone does not read it ({error})",
+            fix=_INSTEAD,
+        ) from None
+    if loaded.image_size != backbone.image_size:
+        raise ModelError(
+            "the export is not exact: featdistill.load_backbone takes its images for "
+            f"{loaded.image_size}",
+            expected=str(backbone.image_size),
+            fix=_INSTEAD,
+        )
+    for mine, theirs in zip(backbone.rgb, loaded.rgb, strict=True):
+        if any(abs(a - b) > 1e-4 for a, b in zip(mine, theirs, strict=True)):
+            raise ModelError(
+                f"the export is not exact: featdistill.load_backbone normalises with {theirs}",
+                expected=str(mine),
+                fix=_INSTEAD,
+            )
+    return loaded
+
+
+def snippet(backbone: Backbone, folder: str) -> str:
     """How to read the file."""
+    path = f"{folder}/{FILE}"
+    tensors = f'tensors = torch.load("{path}", weights_only=True)["model"]'
+    if _untold(backbone) is not None:
+        return f"import torch\n{tensors}"
+    size = backbone.image_size[0]
     return (
-        "import torch, featdistill\n"
-        f'tensors = torch.load("{folder}/{FILE}", weights_only=True)["model"]\n'
-        f'model = featdistill.load_backbone("{folder}/{FILE}")'
+        f"import torch, featdistill\n{tensors}\n"
+        f'model = featdistill.load_backbone("{path}", image_size={size})'
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ def write(backbone: Backbone, folder: Path) -> list[str]:
     names = tuple(outputs_of(backbone, images))
     with _written_out(backbone):
         program = _trace(_Graph(backbone, names).eval(), images, names)
+    _forget_sources(program.model)
     program.model.metadata_props.update(_metadata(backbone, names))
     weights = sum(p.numel() * p.element_size() for p in backbone.parameters())
     apart = weights > _INLINE_LIMIT
@@ -57,6 +58,19 @@ def write(backbone: Backbone, folder: Path) -> list[str]:
     if apart:
         notes.append(f"The weights are in `{FILE}.data`, which has to stay beside `{FILE}`.")
     return notes
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop the exporter's notes on every part: stack traces with this machine's paths."""
+    parts = [model, model.graph, *model.functions.values()]
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            parts += [node, *node.outputs]
+        parts += [*graph.inputs, *graph.outputs]
+    parts += [*model.graph.initializers.values()]
+    for part in parts:
+        part.metadata_props.clear()
+        part.doc_string = None
 
 
 @contextmanager
@@ -115,7 +129,7 @@ def _trace(graph: _Graph, images: Tensor, names: tuple[str, ...]) -> Any:
 def _metadata(backbone: Backbone, names: tuple[str, ...]) -> dict[str, str]:
     mean, std = backbone.rgb
     return {
-        "spec": backbone.origin.spec,
+        "spec": PurePath(backbone.origin.spec).name,  # no paths of this machine
         "weights": backbone.origin.weights,
         "input": "RGB in [0, 1]; normalised inside the graph",
         "image_size": json.dumps(backbone.image_size),

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.models.beit import Beit
 from torch import Tensor
 
+from featdistill.core.errors import ModelError
 from featdistill.core.records import write_json
 from featdistill.models.backbone import Backbone
 from featdistill.models.checkpoints.settings import EXTENSIONS_KEY, HEAD_KEY, PROJECTION
@@ -99,8 +100,12 @@ def _pooling(model: Any) -> dict[str, str]:
 def read(backbone: Backbone, folder: Path, images: Tensor) -> tuple[Outputs, Outputs]:
     """What timm makes of the folder, and the model itself: their features and outputs."""
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    x = (images - backbone.mean) / backbone.std
-    ours, theirs = backbone.model.forward_features(x), loaded.forward_features(x)
+    said = loaded.pretrained_cfg
+    if tuple(said.get("label_names") or ()) != tuple(backbone.class_names or ()):
+        raise ModelError("the export is not exact: its classes have other names")
+    mean, std = (images.new_tensor(said[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    ours = backbone.model.forward_features((images - backbone.mean) / backbone.std)
+    theirs = loaded.forward_features((images - mean) / std)
     return (
         {"features": theirs, "output": loaded.forward_head(theirs)},
         {"features": ours, "output": backbone.model.forward_head(ours)},
