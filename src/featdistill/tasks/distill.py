@@ -18,11 +18,14 @@ from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.tracking import console, duration, log, say
+from featdistill.models.backbone import Origin
 from featdistill.models.export import Exported, export_timm
+from featdistill.models.exports.card import public_name
 from featdistill.tasks.assembly import Assembly, assemble
 from featdistill.tasks.common import plain, plan_of
 from featdistill.tasks.describe import describe, shapes, width_of
 from featdistill.tasks.preflight import preflight
+from featdistill.tasks.provenance import origin_record
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,23 @@ def _calibrate(config: DistillConfig, assembly: Assembly) -> None:
         say(f"whitening calibrated on {count * size:,} images")
 
 
+def _init_record(config: DistillConfig, assembly: Assembly) -> dict[str, str | None] | None:
+    """The weights that the student continued from; None for fresh ones."""
+    if config.student.init == "random":
+        return None
+    if config.student.init == "teacher":
+        return origin_record(assembly.objective.teacher.origin)
+    return origin_record(Origin(config.student.init, assembly.weights["student"]))
+
+
+def _continued(config: DistillConfig, assembly: Assembly) -> dict[str, str]:
+    """The card's line about the weights that the student continued from."""
+    source = _init_record(config, assembly)
+    if source is None:
+        return {}
+    return {"continued from": f"{public_name(source['spec'] or '')} ({source['weights']})"}
+
+
 def _finish(
     config: DistillConfig,
     assembly: Assembly,
@@ -151,8 +171,9 @@ def _finish(
         folder / "export",
         card={
             "method": "feature distillation (arXiv 2205.14141)",
-            "teacher": f"{teacher.spec} ({teacher.weights}; "
+            "teacher": f"{public_name(teacher.spec)} ({teacher.weights}; "
             f"licence: {teacher.licence or 'unknown'})",
+            **_continued(config, assembly),
             "data": f"{len(assembly.data.train):,} images of {Path(config.data.path).name}",
             "views": f"{views:,} in {steps:,} steps",
             "target": f"{config.objective.target.value}, {config.objective.whitening.value}, "
@@ -171,6 +192,7 @@ def _finish(
             "last": dict(last),
             "notes": list(assembly.notes),
             "teacher": asdict(teacher),
+            "student_init": _init_record(config, assembly),
         },
     )
     say(

@@ -26,6 +26,7 @@ from featdistill.evaluation.classification import Scores, score
 from featdistill.models.backbone import Backbone
 from featdistill.models.classifier import build_classifier
 from featdistill.models.export import export_timm
+from featdistill.models.exports.card import public_name
 from featdistill.objectives.classification import Classification
 from featdistill.tasks.common import (
     data_of,
@@ -35,6 +36,7 @@ from featdistill.tasks.common import (
     runtime_of,
     schedule_of,
 )
+from featdistill.tasks.provenance import origin_record
 
 
 @dataclass(frozen=True)
@@ -255,12 +257,13 @@ def run(config: FinetuneConfig) -> FinetuneResult:
 
 def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) -> Path | None:
     exported = None
+    origin = tuned.classifier.origin
     if tuned.classifier.build is not None:
         exported = export_timm(
             tuned.classifier,
             folder / "export",
             card={
-                "fine-tuned from": f"{config.model.spec} ({tuned.classifier.origin.weights})",
+                "fine-tuned from": f"{public_name(config.model.spec)} ({origin.weights})",
                 "data": Path(config.data.path).name,
                 "top-1": f"{scores.top1:.2%} of {len(scores.labels):,} held-out images",
             },
@@ -276,6 +279,7 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
             "images": len(scores.labels),
             "steps": tuned.fit.step,
             "seconds": tuned.fit.seconds,
+            "model": origin_record(origin),
         },
         arrays=score_arrays(scores),
     )

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featdistill.core.errors import RunError
 from featdistill.core.records import read_record
-from featdistill.models.backbone import Backbone
+from featdistill.models.backbone import Backbone, Origin
 from featdistill.models.catalogue import find
-from featdistill.models.exports.card import FRESH, Story, read_made
+from featdistill.models.exports.card import FRESH, Story, public_name, read_made
+from featdistill.models.weights import file_hash
 
 _ANCESTORS = 4  # a classifier, its student, its teacher, the teacher's teacher
 _FROM = "exported from"
 _MADE_BY = ("pretrain", "distill", "finetune")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_RANDOM, _HUB = "random (seed", "timm hub: "
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A model that another one was made from.
+
+    Attributes:
+        role: what it was for the other one.
+        spec: what the user wrote.
+        weights: what they were when they were loaded; None if the record does not say.
+        licence: as it was known then.
+    """
+
+    role: str
+    spec: str
+    weights: str | None = None
+    licence: str | None = None
 
 
 def story_of(spec: str, backbone: Backbone) -> Story:
@@ -24,26 +46,40 @@ def story_of(spec: str, backbone: Backbone) -> Story:
         spec: what the user wrote.
         backbone: the loaded model.
     """
-    run = _run_of(spec)
-    origin = f"{backbone.origin.spec} ({backbone.origin.weights})"
+    model = _Before("model", spec, backbone.origin.weights, backbone.origin.licence)
+    run = _run_of(model)
+    origin = f"{public_name(spec)} ({backbone.origin.weights})"
+    licences = _licences(model, _ANCESTORS)
     if run is None:
         folder = Path(spec).expanduser()
         made = read_made(folder / "README.md") if folder.is_dir() else {}
         if _FROM in made:  # an export of an export
             made[f"which was {_FROM}"] = made.pop(_FROM)
-        licence = backbone.origin.licence or _catalogued(spec)
-        return Story({_FROM: origin, **made}, (), {spec: licence})
-    made = {_FROM: origin, **_facts(run, _ANCESTORS)}
-    return Story(made, tuple(_results(run)), _licences(spec, None, _ANCESTORS))
+        return Story({_FROM: origin, **made}, (), licences)
+    return Story({_FROM: origin, **_facts(run, _ANCESTORS)}, tuple(_results(run)), licences)
 
 
-def _run_of(spec: str) -> Path | None:
-    """The run's folder that a spec means (or whose export it is)."""
-    folder = Path(spec).expanduser()
-    for candidate in (folder, folder.parent if folder.name == "export" else folder):
-        if _records(candidate):
-            return candidate
+def origin_record(origin: Origin) -> dict[str, str | None]:
+    """What a run's record keeps of a model that it began from."""
+    return {"spec": origin.spec, "weights": origin.weights, "licence": origin.licence}
+
+
+def _run_of(model: _Before) -> Path | None:
+    """The run's folder that made a model, if it is still there with these very weights."""
+    known = re.search(r"sha256 ([0-9a-f]{12})", model.weights or "")
+    if known is None or model.spec.startswith(("timm/", "hf-hub:")):
+        return None
+    folder = Path(model.spec).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    for run in (folder, folder.parent if folder.resolve().name == "export" else folder):
+        if _records(run) and known[1] in _hashes(run / "export"):
+            return run
     return None
+
+
+def _hashes(folder: Path) -> list[str]:
+    """The hashes of the weights in an export."""
+    return [file_hash(folder / name) for name in _WEIGHTS if (folder / name).is_file()]
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -65,21 +101,39 @@ def _facts(run: Path, depth: int) -> dict[str, Any]:
         if kind in records:
             facts["configuration"] = _configuration(records[kind]["config"])
             facts["made"] = f"{records[kind]['created']}, featdistill {_version(records[kind])}"
-    before = _before(records)
-    ancestor = _run_of(before) if before and depth else None
-    if ancestor is not None:
-        for key, value in _facts(ancestor, depth - 1).items():
-            facts.setdefault(f"{key} ({ancestor.name})", value)
+    befores = _befores(records) if depth else []
+    names = [public_name(before.spec) for before in befores]
+    for before, name in zip(befores, names, strict=True):
+        label = name if names.count(name) == 1 else f"{name}, {before.role}"
+        if before.role == "continued from":
+            facts.setdefault(before.role, f"{name} ({before.weights or 'weights not recorded'})")
+        ancestor = _run_of(before)
+        if ancestor is not None:
+            for key, value in _facts(ancestor, depth - 1).items():
+                facts.setdefault(f"{key} ({label})", value)
+        elif "sha256" in (before.weights or "") and "/" not in name:
+            facts.setdefault(f"records of {label}", "no longer there")
     return facts
 
 
-def _before(records: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The model that a run began from: the teacher, or the one that was fine-tuned."""
+def _befores(records: Mapping[str, Mapping[str, Any]]) -> list[_Before]:
+    """The models that a run began from: teacher and student, or the one that was fine-tuned."""
+
+    def before(role: str, spec: str, origin: Mapping[str, Any] | None) -> _Before:
+        origin = origin or {}
+        return _Before(role, spec, origin.get("weights"), origin.get("licence"))
+
     if "finetune" in records:
-        return str(records["finetune"]["config"]["model"]["spec"])
+        record = records["finetune"]
+        return [before("model", record["config"]["model"]["spec"], record["results"].get("model"))]
     if "distill" in records:
-        return str(records["distill"]["config"]["teacher"]["spec"])
-    return None
+        config, results = records["distill"]["config"], records["distill"]["results"]
+        found = [before("teacher", config["teacher"]["spec"], results.get("teacher"))]
+        init = config["student"]["init"]
+        if init not in ("random", "teacher"):
+            found.append(before("continued from", init, results.get("student_init")))
+        return found
+    return []
 
 
 def _version(record: Mapping[str, Any]) -> str:
@@ -119,31 +173,64 @@ def _results(run: Path) -> list[str]:
                 f"{results['images']:,} held-out images"
             )
         elif kind in ("distill", "pretrain"):
-            last = ", ".join(f"{name} {value:.4g}" for name, value in results["last"].items())
+            last = ", ".join(
+                f"{name} {value:.4g}"
+                for name, value in results["last"].items()
+                if name in ("loss", "cosine") or "top1" in name or "top-1" in name
+            )
             lines.append(f"{kind}: after {results['steps']:,} steps {last}")
         elif kind == "knn":
             for model, scores in results["top1"].items():
                 found = ", ".join(f"k={k} {top1:.2%}" for k, top1 in scores.items())
-                lines.append(f"nearest neighbours, {model}: {found}")
+                lines.append(f"nearest neighbours, {public_name(model)}: {found}")
         else:
             lines.append(f"compared: {results['verdict']}")
     return lines
 
 
-def _licences(spec: str, known: str | None, depth: int) -> dict[str, str | None]:
+def licences_of(models: Iterable[tuple[str, Mapping[str, str | None]]]) -> dict[str, str | None]:
+    """Whose weights went into a model that was made from these, and their licences.
+
+    Args:
+        models: what the user wrote, and the `origin_record` of what was loaded.
+    """
+    found: dict[str, str | None] = {}
+    for spec, origin in models:
+        before = _Before("model", spec, origin["weights"], origin["licence"])
+        _join(found, _licences(before, _ANCESTORS))
+    return found
+
+
+def _licences(model: _Before, depth: int) -> dict[str, str | None]:
     """Whose weights went into a model, and their licences."""
-    run = _run_of(spec)
+    run = _run_of(model)
     records = _records(run) if run is not None else {}
-    before = _before(records)
-    if run is None or not depth:
-        return {spec: known or _catalogued(spec)}
-    if before is None:
-        return {spec: FRESH if "pretrain" in records else known}
-    teacher = records["distill"]["results"].get("teacher", {}) if "distill" in records else {}
-    return _licences(before, teacher.get("licence"), depth - 1)
+    befores = _befores(records)
+    if befores and depth:
+        found: dict[str, str | None] = {}
+        for before in befores:
+            _join(found, _licences(before, depth - 1))
+        return found
+    fresh = "pretrain" in records and not befores
+    return {public_name(model.spec): FRESH if fresh else _licence(model)}
 
 
-def _catalogued(spec: str) -> str | None:
-    """The licence of a model of the catalogue."""
-    entry = find(spec)
+def _join(found: dict[str, str | None], more: Mapping[str, str | None]) -> None:
+    """Add licences; others of the same name get a number."""
+    for name, licence in more.items():
+        free, count = name, 1
+        while free in found and found[free] != licence:
+            count += 1
+            free = f"{name} ({count})"
+        found[free] = licence
+
+
+def _licence(model: _Before) -> str | None:
+    """The licence of weights that no run here made; the catalogue knows those of the hub."""
+    weights = model.weights or ""
+    if weights.startswith(_RANDOM):
+        return FRESH
+    if model.licence is not None or not weights.startswith((_HUB, "hf-hub:")):
+        return model.licence
+    entry = find(weights.removeprefix(_HUB).removeprefix("hf-hub:"))
     return entry.licence if entry is not None else None

@@ -37,6 +37,18 @@ class Story:
     licences: Mapping[str, str | None] = field(default_factory=dict)
 
 
+def public_name(spec: str) -> str:
+    """A model's name for others to read: without the folders that it lies in."""
+    if spec.startswith(("timm/", "hf-hub:")) or not spec:
+        return spec
+    path = Path(spec).expanduser()
+    if path.name in ("", ".", "..", "export"):
+        path = path.resolve()
+    if path.name == "export" or path.parent.name == "export":
+        path = path.parent if path.name == "export" else path.resolve().parent.parent
+    return path.name
+
+
 def card(backbone: Backbone, target: Target, exported: Exported, story: Story) -> str:
     """The text of an export's README.md."""
     folder = exported.folder.resolve()
@@ -75,17 +87,22 @@ def _facts(backbone: Backbone, target: Target, exported: Exported) -> list[str]:
         f"prefix: {', '.join(backbone.prefix_names) or 'none'}",
         "classes": str(backbone.num_classes or "none"),
         "weights": f"sha256 {tensors_hash(backbone.model)}",
-        "checked": f"{target.checked_with}'s output differs by {exported.difference:.1g} of the "
-        f"largest value at most (tolerance {exported.tolerance:g})",
+        "checked": f"{_possessive(target.checked_with)} output differs by "
+        f"{exported.difference:.1g} of the largest value at most "
+        f"(tolerance {exported.tolerance:g})",
     }
     return ["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows.items())]
+
+
+def _possessive(name: str) -> str:
+    return f"{name}'" if name.endswith("s") else f"{name}'s"
 
 
 def _licence_lines(backbone: Backbone, story: Story) -> list[str]:
     """What is known of the licences, and what it means; this is no legal advice."""
     licences = dict(story.licences)
     if not licences and backbone.origin.licence:
-        licences[backbone.origin.spec] = backbone.origin.licence
+        licences[public_name(backbone.origin.spec)] = backbone.origin.licence
     if not licences:
         return ["Not known: ask whoever gave you the weights or the teacher before you pass it on."]
     lines = [
