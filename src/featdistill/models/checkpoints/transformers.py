@@ -173,6 +173,16 @@ def _beit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, An
 
 
 _SWIN_HEADS = (3, 6, 12, 24)
+_SWIN_DEPTHS = (2, 2, 6, 2)
+
+
+def _swin_heads(config: Config) -> tuple[int, ...]:
+    """Heads of each stage."""
+    heads = _whole_each(config, "num_heads", _SWIN_HEADS)
+    stages = len(_whole_each(config, "depths", _SWIN_DEPTHS))
+    if len(heads) != stages:
+        raise ModelError(f"num_heads {list(heads)} in its config.json for {stages} depths")
+    return heads
 
 
 def _swin_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def _swin_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, An
     _only_gelu(config, "Swin")
     return {
         "img_size": side_of("image_size", config.get("image_size", 224)),
-        "num_heads": _whole_each(config, "num_heads", _SWIN_HEADS),
+        "num_heads": _swin_heads(config),
         **_norm_eps(config, 1e-5, 1e-5),
     }
 
@@ -193,14 +203,14 @@ def _swin_v2_hints(_: Unwrapped, converted: Converted, settings: Settings) -> di
         side_of("window_size", config.get("window_size", 7)),
     )
     grid = size // patch_of(converted.tensors)
-    stages = len(_whole_each(config, "depths", (2, 2, 6, 2)))
+    stages = len(_whole_each(config, "depths", _SWIN_DEPTHS))
     before = config.get("pretrained_window_sizes", ())
     if not isinstance(before, list | tuple) or not all(isinstance(n, int) for n in before):
         raise ModelError(f"pretrained_window_sizes {before!r} in its config.json")
     before = tuple(before)
     return {
         "img_size": size,
-        "num_heads": _whole_each(config, "num_heads", _SWIN_HEADS),
+        "num_heads": _swin_heads(config),
         "windows": [min(window, grid // 2**stage) for stage in range(stages)],
         **({"pretrained_window_sizes": before} if any(before) else {}),
         **_norm_eps(config, 1e-5, 1e-5),
@@ -215,7 +225,13 @@ def _dinov3_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dic
             f"hidden_act '{config['hidden_act']}' in its config.json: timm's DINOv3 has GELU, or "
             "SiLU where the MLP is gated"
         )
-    channels = _positive(config, "hidden_size", 384) // _positive(config, "num_attention_heads", 6)
+    width = _positive(config, "hidden_size", 384)
+    heads = _positive(config, "num_attention_heads", 6)
+    if width % (4 * heads):
+        raise ModelError(
+            f"num_attention_heads {heads} in its config.json for a hidden_size of {width}"
+        )
+    channels = width // heads
     # computed as the library does, in float32
     steps = torch.arange(0, 1, 4 / channels, dtype=torch.float32)
     periods = float(_number(config, "rope_theta", 100.0)) ** steps
