@@ -516,3 +516,13 @@ def test_a_library_that_is_installed_and_broken(
     target = replace(target_of("plain"), modules=("broken_library",))
     with pytest.raises(ModelError, match=r"cannot be imported \(libfoo\.so is missing\)"):
         target.check_installed()
+
+
+def test_a_broken_epsilon_in_a_timm_folder(tmp_path: Path) -> None:
+    export(small_vit(norm_eps=0.95e-6), tmp_path / "out", to="timm")
+    path = tmp_path / "out/config.json"
+    told = json.loads(path.read_text())
+    told["featdistill_args"]["norm_eps"] = "x"
+    path.write_text(json.dumps(told))
+    with pytest.raises(ModelError, match="norm_eps 'x'"):
+        load_backbone(str(tmp_path / "out"))

@@ -315,3 +315,44 @@ def test_weights_in_several_files(saved: Callable[[nn.Module], Path]) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match="spread over several files"):
         load_backbone(str(folder))
+
+
+BROKEN: list[tuple[str, str, Any]] = [
+    ("vit", "num_attention_heads", "two"),
+    ("vit", "num_attention_heads", 0),
+    ("vit", "num_attention_heads", None),
+    ("vit", "layer_norm_eps", "x"),
+    ("beit-shared", "image_size", None),
+    ("beit-shared", "image_size", []),
+    ("dinov3", "num_attention_heads", "two"),
+    ("dinov3", "rope_theta", "x"),
+    ("dinov3", "num_attention_heads", 5),
+    ("dinov3", "num_attention_heads", 64),
+    ("swinv2", "num_heads", 3),
+    ("swinv2", "num_heads", [1]),
+    ("swinv2", "num_heads", [1, "x"]),
+    ("swinv2", "depths", None),
+    ("swinv2", "window_size", "x"),
+    ("swinv2", "pretrained_window_sizes", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), BROKEN)
+def test_a_broken_config_is_named(
+    name: str, key: str, value: Any, saved: Callable[[nn.Module], Path]
+) -> None:
+    kind, config, arguments = PLAIN[name]
+    folder = saved(make(kind, config, **arguments))
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {key: value}))
+    with pytest.raises(ModelError, match=rf"{key}.*in its config\.json"):
+        load_backbone(str(folder))
+
+
+def test_class_names_without_numbers_are_none(saved: Callable[[nn.Module], Path]) -> None:
+    kind, config, arguments = HEADS["vit"]
+    folder = saved(make(kind, config, **arguments))
+    told = json.loads((folder / "config.json").read_text())
+    told["id2label"] = {f"x{key}": name for key, name in told["id2label"].items()}
+    (folder / "config.json").write_text(json.dumps(told))
+    assert load_backbone(str(folder)).class_names is None

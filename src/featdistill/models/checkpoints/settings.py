@@ -124,6 +124,9 @@ def timm_layout(path: Path) -> TimmLayout:
         if pretrained.get(name) is not None:
             pretrained[name] = _three(path, name, pretrained[name])
     arguments = {**_section(config, "model_args"), **_section(config, EXTENSIONS_KEY)}
+    eps = arguments.get("norm_eps", 1e-6)
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise ModelError(f"'{path}' says norm_eps {eps!r}", expected="a number")
     arguments.setdefault("num_classes", config.get("num_classes") or 0)
     names = pretrained.get("label_names") or config.get("label_names")
     return TimmLayout(

@@ -8,6 +8,7 @@ not read. The key tables (`transformers_tables.py`) are used in both directions:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -51,6 +52,41 @@ _ACTIVATIONS = {
 }
 
 
+def _number(config: Config, key: str, default: float) -> float:
+    """A number of a config.
+
+    Raises:
+        ModelError: it is no finite number.
+    """
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise ModelError(f"{key} {value!r} in its config.json", expected="a number")
+    return value
+
+
+def _positive(config: Config, key: str, default: int) -> int:
+    """A positive whole number of a config.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    return _whole(key, config.get(key, default))
+
+
+def _whole(key: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{key} {value!r} in its config.json", expected="a positive number")
+    return value
+
+
+def _whole_each(config: Config, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Positive whole numbers of a config, one for each stage."""
+    values = config.get(key, default)
+    if not isinstance(values, list | tuple):
+        raise ModelError(f"{key} {values!r} in its config.json", expected="a list of numbers")
+    return tuple(_whole(key, value) for value in values)
+
+
 def activation_of(config: Config, default: str) -> str:
     """timm's name of a config's activation.
 
@@ -77,21 +113,21 @@ def _only_gelu(config: Config, family: str) -> None:
 
 def _norm_eps(config: Config, default: float, timms: float) -> dict[str, Any]:
     """The layer norms' epsilon, where it is another than that of timm's architecture."""
-    eps = float(config.get("layer_norm_eps", default))
+    eps = float(_number(config, "layer_norm_eps", default))
     return {} if eps == timms else {"norm_eps": eps}
 
 
-def side_of(value: Any) -> int:
+def side_of(key: str, value: Any) -> int:
     """A side in pixels, from a number or a pair.
 
     Raises:
-        ModelError: the pair is no square.
+        ModelError: the pair is no square, or it is no positive number.
     """
     if isinstance(value, list | tuple):
-        if len(set(value)) != 1:
-            raise ModelError(f"sides {value} in its config.json", expected="a square")
+        if not value or any(side != value[0] for side in value):
+            raise ModelError(f"{key} {value} in its config.json", expected="a square")
         value = value[0]
-    return int(value)
+    return _whole(key, value)
 
 
 def _config(settings: Settings) -> Config:
@@ -106,7 +142,7 @@ def _vit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any
     eps = 1e-6 if str(config.get("model_type")).startswith("dinov2") else 1e-12
     act = activation_of(config, "gelu")
     return {
-        "num_heads": int(config.get("num_attention_heads", 12)),
+        "num_heads": _positive(config, "num_attention_heads", 12),
         **({} if act == "gelu" else {"act_layer": act}),
         **_norm_eps(config, eps, 1e-6),
     }
@@ -120,7 +156,7 @@ def _tower_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict
     eps = 1e-5 if clip else 1e-6
     return {
         "architecture": f"vit_base_patch16_{own if clip else 'siglip_224'}",
-        "num_heads": int(config.get("num_attention_heads", 12)),
+        "num_heads": _positive(config, "num_attention_heads", 12),
         **({} if clip and act in ("gelu", "quick_gelu") else {"act_layer": act}),
         **_norm_eps(config, eps, eps),
     }
@@ -130,21 +166,31 @@ def _beit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, An
     config = _config(settings)
     _only_gelu(config, "Beit")
     return {
-        "num_heads": int(config.get("num_attention_heads", 12)),
-        "img_size": side_of(config.get("image_size", 224)),
+        "num_heads": _positive(config, "num_attention_heads", 12),
+        "img_size": side_of("image_size", config.get("image_size", 224)),
         **_norm_eps(config, 1e-12, 1e-6),
     }
 
 
 _SWIN_HEADS = (3, 6, 12, 24)
+_SWIN_DEPTHS = (2, 2, 6, 2)
+
+
+def _swin_heads(config: Config) -> tuple[int, ...]:
+    """Heads of each stage."""
+    heads = _whole_each(config, "num_heads", _SWIN_HEADS)
+    stages = len(_whole_each(config, "depths", _SWIN_DEPTHS))
+    if len(heads) != stages:
+        raise ModelError(f"num_heads {list(heads)} in its config.json for {stages} depths")
+    return heads
 
 
 def _swin_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
     config = _config(settings)
     _only_gelu(config, "Swin")
     return {
-        "img_size": side_of(config.get("image_size", 224)),
-        "num_heads": tuple(config.get("num_heads", _SWIN_HEADS)),
+        "img_size": side_of("image_size", config.get("image_size", 224)),
+        "num_heads": _swin_heads(config),
         **_norm_eps(config, 1e-5, 1e-5),
     }
 
@@ -152,13 +198,19 @@ def _swin_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, An
 def _swin_v2_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
     config = _config(settings)
     _only_gelu(config, "Swin V2")
-    size, window = side_of(config.get("image_size", 224)), side_of(config.get("window_size", 7))
+    size, window = (
+        side_of("image_size", config.get("image_size", 224)),
+        side_of("window_size", config.get("window_size", 7)),
+    )
     grid = size // patch_of(converted.tensors)
-    stages = len(config.get("depths", (2, 2, 6, 2)))
-    before = tuple(config.get("pretrained_window_sizes", ()))
+    stages = len(_whole_each(config, "depths", _SWIN_DEPTHS))
+    before = config.get("pretrained_window_sizes", ())
+    if not isinstance(before, list | tuple) or not all(isinstance(n, int) for n in before):
+        raise ModelError(f"pretrained_window_sizes {before!r} in its config.json")
+    before = tuple(before)
     return {
         "img_size": size,
-        "num_heads": tuple(config.get("num_heads", _SWIN_HEADS)),
+        "num_heads": _swin_heads(config),
         "windows": [min(window, grid // 2**stage) for stage in range(stages)],
         **({"pretrained_window_sizes": before} if any(before) else {}),
         **_norm_eps(config, 1e-5, 1e-5),
@@ -173,13 +225,19 @@ def _dinov3_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dic
             f"hidden_act '{config['hidden_act']}' in its config.json: timm's DINOv3 has GELU, or "
             "SiLU where the MLP is gated"
         )
-    channels = int(config.get("hidden_size", 384)) // int(config.get("num_attention_heads", 6))
+    width = _positive(config, "hidden_size", 384)
+    heads = _positive(config, "num_attention_heads", 6)
+    if width % (4 * heads):
+        raise ModelError(
+            f"num_attention_heads {heads} in its config.json for a hidden_size of {width}"
+        )
+    channels = width // heads
     # computed as the library does, in float32
     steps = torch.arange(0, 1, 4 / channels, dtype=torch.float32)
-    periods = float(config.get("rope_theta", 100.0)) ** steps
+    periods = float(_number(config, "rope_theta", 100.0)) ** steps
     return {
         "rope_periods": tuple(periods.tolist()),
-        "img_size": side_of(config.get("image_size", 224)),
+        "img_size": side_of("image_size", config.get("image_size", 224)),
         **_norm_eps(config, 1e-5, 1e-5),
     }
 
@@ -376,4 +434,7 @@ def class_names_of(config: Config, classes: int) -> tuple[str, ...] | None:
     names = config.get("id2label")
     if not classes or not isinstance(names, dict) or len(names) != classes:
         return None
-    return tuple(str(names[key]) for key in sorted(names, key=int))
+    try:
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+    except ValueError:
+        return None
