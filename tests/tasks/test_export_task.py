@@ -68,6 +68,14 @@ def test_the_card_tells_the_results(classifier: Path, tmp_path: Path) -> None:
     assert f"- which was exported from: {classifier.name} (" in second
 
 
+def test_the_runs_own_cards_tell_the_licences(
+    student: Path, teacher: Path, classifier: Path, continued: Path
+) -> None:
+    for run in (teacher, student, classifier, continued):
+        assert "- teacher: made from random weights" in card(run / "export")
+    assert "- gift: not known. Ask" in card(continued / "export")
+
+
 def test_licence_of_a_known_teacher(student: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (run / "export").mkdir(parents=True)
