@@ -66,6 +66,11 @@ def test_the_card_tells_the_results(classifier: Path, tmp_path: Path) -> None:
     second = card(tmp_path / "second")
     assert "- method (student): feature distillation (arXiv 2205.14141)" in second
     assert f"- which was exported from: {classifier.name} (" in second
+    assert f"- fine-tuned: top-1 {top1:.2%}" in second
+    assert "- teacher: made from random weights" in second
+    featdistill.export(model=tmp_path / "second", out=tmp_path / "third")
+    assert f"before that {classifier.name} (" in card(tmp_path / "third")
+    assert f"- fine-tuned: top-1 {top1:.2%}" in card(tmp_path / "third")
 
 
 def test_the_runs_own_cards_tell_the_licences(
