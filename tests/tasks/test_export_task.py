@@ -118,7 +118,7 @@ def continued(student: Path, teacher: Path, tmp_path_factory: pytest.TempPathFac
     """A student that continued from a checkpoint of somebody's."""
     folder = tmp_path_factory.mktemp("continued")
     featdistill.export(model=student, to="plain", out=folder / "gift")
-    (folder / "gift" / "story.json").unlink(missing_ok=True)
+    (folder / "gift" / "story.json").unlink()
     featdistill.distill(
         teacher=teacher,
         student={"name": "vit-t", **SHAPE, "init": str(folder / "gift")},

@@ -142,7 +142,10 @@ def _facts(run: Path, depth: int) -> dict[str, Any]:
         if ancestor is not None:
             for key, value in _facts(ancestor, depth - 1).items():
                 facts.setdefault(f"{key} ({label})", value)
-        elif "sha256" in (before.weights or "") and "/" not in name:
+        elif (kept := _kept(before)) is not None:  # an export of another run
+            for key, value in kept.made.items():
+                facts.setdefault(f"{key} ({label})", value)
+        elif _place(before) is not None and not Path(before.spec).expanduser().is_file():
             facts.setdefault(f"records of {label}", "no longer there")
     return facts
 
