@@ -66,6 +66,19 @@ def test_the_card_tells_the_results(classifier: Path, tmp_path: Path) -> None:
     second = card(tmp_path / "second")
     assert "- method (student): feature distillation (arXiv 2205.14141)" in second
     assert f"- which was exported from: {classifier.name} (" in second
+    assert f"- fine-tuned: top-1 {top1:.2%}" in second
+    assert "- teacher: made from random weights" in second
+    featdistill.export(model=tmp_path / "second", out=tmp_path / "third")
+    assert f"before that {classifier.name} (" in card(tmp_path / "third")
+    assert f"- fine-tuned: top-1 {top1:.2%}" in card(tmp_path / "third")
+
+
+def test_the_runs_own_cards_tell_the_licences(
+    student: Path, teacher: Path, classifier: Path, continued: Path
+) -> None:
+    for run in (teacher, student, classifier, continued):
+        assert "- teacher: made from random weights" in card(run / "export")
+    assert "- gift: not known. Ask" in card(continued / "export")
 
 
 def test_licence_of_a_known_teacher(student: Path, tmp_path: Path) -> None:
@@ -105,7 +118,7 @@ def continued(student: Path, teacher: Path, tmp_path_factory: pytest.TempPathFac
     """A student that continued from a checkpoint of somebody's."""
     folder = tmp_path_factory.mktemp("continued")
     featdistill.export(model=student, to="plain", out=folder / "gift")
-    (folder / "gift" / "story.json").unlink(missing_ok=True)
+    (folder / "gift" / "story.json").unlink()
     featdistill.distill(
         teacher=teacher,
         student={"name": "vit-t", **SHAPE, "init": str(folder / "gift")},

@@ -89,7 +89,11 @@ def export(
 
 
 def export_timm(
-    backbone: Backbone, folder: Path, *, card: Mapping[str, Any] | None = None
+    backbone: Backbone,
+    folder: Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    licences: Mapping[str, str | None] | None = None,
 ) -> Exported:
     """The export at a run's end: a folder that plain timm loads.
 
@@ -98,8 +102,9 @@ def export_timm(
 
     Args:
         card: facts of how the model was made, for the model card.
+        licences: whose weights went into it -> their licence.
     """
-    story = Story(made=card or {})
+    story = Story(made=card or {}, licences=licences or {})
     try:
         return export(backbone, folder, story=story)
     except ModelError:

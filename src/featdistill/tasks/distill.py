@@ -25,7 +25,7 @@ from featdistill.tasks.assembly import Assembly, assemble
 from featdistill.tasks.common import plain, plan_of
 from featdistill.tasks.describe import describe, shapes, width_of
 from featdistill.tasks.preflight import preflight
-from featdistill.tasks.provenance import origin_record
+from featdistill.tasks.provenance import licences_of, origin_record
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,9 @@ def _finish(
     steps = assembly.schedule.steps
     views = steps * config.data.batch_size
     teacher = objective.teacher.origin
+    befores = [(config.teacher.spec, origin_record(teacher))]
+    if config.student.init != "teacher" and (source := _init_record(config, assembly)):
+        befores.append((config.student.init, source))
     exported = export_timm(
         objective.student,
         folder / "export",
@@ -179,6 +182,7 @@ def _finish(
             "target": f"{config.objective.target.value}, {config.objective.whitening.value}, "
             f"{config.objective.loss.value}",
         },
+        licences=licences_of(befores),
     )
     write_record(
         folder / "distill.json",

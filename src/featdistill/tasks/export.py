@@ -9,7 +9,7 @@ from featdistill.engine.rundir import check_out
 from featdistill.engine.tracking import say
 from featdistill.models.export import Exported, export, target_of
 from featdistill.tasks.common import model_of
-from featdistill.tasks.provenance import story_of
+from featdistill.tasks.provenance import keep_story, story_of
 
 
 def run(config: ExportConfig) -> Exported:
@@ -18,13 +18,15 @@ def run(config: ExportConfig) -> Exported:
     target.check_installed()  # before a model is loaded
     check_out(config.out, resume=False)
     backbone = model_of(config.model)
+    story = story_of(config.model.spec, backbone)
     exported = export(
         backbone,
         Path(config.out).expanduser(),
         to=config.to,
-        story=story_of(config.model.spec, backbone),
+        story=story,
         tolerance=config.tolerance,
     )
+    keep_story(exported.folder, story)
     say(
         f"written and checked: {target.title} in '{exported.folder}'; {target.checked_with}'s "
         f"output differs by {exported.difference:.1g} of the largest value at most "

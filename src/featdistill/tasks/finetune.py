@@ -36,7 +36,7 @@ from featdistill.tasks.common import (
     runtime_of,
     schedule_of,
 )
-from featdistill.tasks.provenance import origin_record
+from featdistill.tasks.provenance import licences_of, origin_record
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,7 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
                 "data": Path(config.data.path).name,
                 "top-1": f"{scores.top1:.2%} of {len(scores.labels):,} held-out images",
             },
+            licences=licences_of([(config.model.spec, origin_record(origin))]),
         )
     write_record(
         folder / "finetune.json",

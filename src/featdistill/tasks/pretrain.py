@@ -16,6 +16,7 @@ from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.tracking import duration, say
 from featdistill.models.export import export_timm
+from featdistill.models.exports.card import FRESH, public_name
 from featdistill.models.students import build_student
 from featdistill.objectives.contrastive import SimCLR
 from featdistill.tasks.common import data_of, plain, plan_of, refuse_labels, runtime_of, schedule_of
@@ -128,6 +129,7 @@ def _finish(
             "data": f"{images:,} images of {Path(config.data.path).name}",
             "views": f"{2 * result.step * config.data.batch_size:,} in {result.step:,} steps",
         },
+        licences={public_name(config.run.out): FRESH},
     )
     write_record(
         folder / "pretrain.json",

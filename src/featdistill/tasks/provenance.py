@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featdistill.core.errors import RunError
-from featdistill.core.records import read_record
+from featdistill.core.errors import ModelError, RunError
+from featdistill.core.records import read_record, write_json
 from featdistill.models.backbone import Backbone, Origin
 from featdistill.models.catalogue import find
 from featdistill.models.exports.card import FRESH, Story, public_name, read_made
-from featdistill.models.weights import file_hash
+from featdistill.models.weights import file_hash, read_json
 
 _ANCESTORS = 4  # a classifier, its student, its teacher, the teacher's teacher
-_FROM = "exported from"
+_FROM, _WAS = "exported from", "which was exported from"
+_STORY = "story.json"
 _MADE_BY = ("pretrain", "distill", "finetune")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _RANDOM, _HUB = "random (seed", "timm hub: "
 
 
@@ -51,11 +52,12 @@ def story_of(spec: str, backbone: Backbone) -> Story:
     origin = f"{public_name(spec)} ({backbone.origin.weights})"
     licences = _licences(model, _ANCESTORS)
     if run is None:
-        folder = Path(spec).expanduser()
-        made = read_made(folder / "README.md") if folder.is_dir() else {}
+        kept = _kept(model) or Story()
+        made = dict(kept.made)
         if _FROM in made:  # an export of an export
-            made[f"which was {_FROM}"] = made.pop(_FROM)
-        return Story({_FROM: origin, **made}, (), licences)
+            earlier = [made.pop(key) for key in (_FROM, _WAS) if key in made]
+            made[_WAS] = ", before that ".join(earlier)
+        return Story({_FROM: origin, **made}, kept.results, licences)
     return Story({_FROM: origin, **_facts(run, _ANCESTORS)}, tuple(_results(run)), licences)
 
 
@@ -66,20 +68,49 @@ def origin_record(origin: Origin) -> dict[str, str | None]:
 
 def _run_of(model: _Before) -> Path | None:
     """The run's folder that made a model, if it is still there with these very weights."""
-    known = re.search(r"sha256 ([0-9a-f]{12})", model.weights or "")
-    if known is None or model.spec.startswith(("timm/", "hf-hub:")):
+    place = _place(model)
+    if place is None:
         return None
-    folder = Path(model.spec).expanduser()
-    folder = folder.parent if folder.is_file() else folder
+    folder, known = place
     for run in (folder, folder.parent if folder.resolve().name == "export" else folder):
-        if _records(run) and known[1] in _hashes(run / "export"):
+        if _records(run) and known in _hashes(run / "export"):
             return run
     return None
 
 
 def _hashes(folder: Path) -> list[str]:
     """The hashes of the weights in an export."""
-    return [file_hash(folder / name) for name in _WEIGHTS if (folder / name).is_file()]
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [file_hash(file) for file in files if file.suffix in _SUFFIXES]
+
+
+def _place(model: _Before) -> tuple[Path, str] | None:
+    """The folder that a model was loaded from, and its weights' hash; None if it has none."""
+    known = re.search(r"sha256 ([0-9a-f]{12})", model.weights or "")
+    if known is None or model.spec.startswith(("timm/", "hf-hub:")):
+        return None
+    folder = Path(model.spec).expanduser()
+    return (folder.parent if folder.is_file() else folder), known[1]
+
+
+def keep_story(folder: Path, story: Story) -> None:
+    """Lay a story beside the card of an export, for an export of it."""
+    kept = {"weights": _hashes(folder), "made": dict(story.made), "results": list(story.results)}
+    write_json(folder / _STORY, {**kept, "licences": dict(story.licences)})
+
+
+def _kept(model: _Before) -> Story | None:
+    """The story that lies beside a model's weights, if it is theirs."""
+    place = _place(model)
+    if place is None:
+        return None
+    try:
+        kept = read_json(place[0] / _STORY)
+        if place[1] not in kept["weights"]:
+            return None
+        return Story(dict(kept["made"]), tuple(kept["results"]), dict(kept["licences"]))
+    except (ModelError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -111,7 +142,10 @@ def _facts(run: Path, depth: int) -> dict[str, Any]:
         if ancestor is not None:
             for key, value in _facts(ancestor, depth - 1).items():
                 facts.setdefault(f"{key} ({label})", value)
-        elif "sha256" in (before.weights or "") and "/" not in name:
+        elif (kept := _kept(before)) is not None:  # an export of another run
+            for key, value in kept.made.items():
+                facts.setdefault(f"{key} ({label})", value)
+        elif _place(before) is not None and not Path(before.spec).expanduser().is_file():
             facts.setdefault(f"records of {label}", "no longer there")
     return facts
 
@@ -211,6 +245,9 @@ def _licences(model: _Before, depth: int) -> dict[str, str | None]:
         for before in befores:
             _join(found, _licences(before, depth - 1))
         return found
+    kept = _kept(model) if run is None else None
+    if kept is not None and kept.licences:
+        return dict(kept.licences)
     fresh = "pretrain" in records and not befores
     return {public_name(model.spec): FRESH if fresh else _licence(model)}
 
