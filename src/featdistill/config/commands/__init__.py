@@ -1,0 +1,71 @@
+"""One schema a command, with the short names of its everyday options."""
+
+from __future__ import annotations
+
+from featdistill.config.commands.base import (
+    Command,
+    EvalRunConfig,
+    EvalViewConfig,
+)
+from featdistill.config.commands.comparison import (
+    CompareConfig,
+)
+from featdistill.config.commands.distillation import (
+    CheckConfig,
+    CheckRunConfig,
+    DistillConfig,
+    DistillRunConfig,
+)
+from featdistill.config.commands.evaluation import (
+    FeaturesConfig,
+    FeaturesRunConfig,
+    KnnCommandConfig,
+    PredictConfig,
+)
+from featdistill.config.commands.training import (
+    FinetuneConfig,
+    PretrainConfig,
+)
+from featdistill.config.commands.utilities import (
+    ExportConfig,
+    ModelsConfig,
+    QuickstartConfig,
+    RecipesConfig,
+)
+
+COMMANDS: dict[str, type[Command]] = {
+    "quickstart": QuickstartConfig,
+    "check": CheckConfig,
+    "distill": DistillConfig,
+    "compare": CompareConfig,
+    "finetune": FinetuneConfig,
+    "knn": KnnCommandConfig,
+    "predict": PredictConfig,
+    "features": FeaturesConfig,
+    "pretrain": PretrainConfig,
+    "export": ExportConfig,
+    "models": ModelsConfig,
+    "recipes": RecipesConfig,
+}
+
+__all__ = [
+    "COMMANDS",
+    "CheckConfig",
+    "CheckRunConfig",
+    "Command",
+    "CompareConfig",
+    "DistillConfig",
+    "DistillRunConfig",
+    "EvalRunConfig",
+    "EvalViewConfig",
+    "ExportConfig",
+    "FeaturesConfig",
+    "FeaturesRunConfig",
+    "FinetuneConfig",
+    "KnnCommandConfig",
+    "ModelsConfig",
+    "PredictConfig",
+    "PretrainConfig",
+    "QuickstartConfig",
+    "RecipesConfig",
+]

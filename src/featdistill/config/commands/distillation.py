@@ -1,0 +1,68 @@
+"""The schemas of `distill` and `check`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from featdistill.config.commands.base import (
+    DATA,
+    OBJECTIVE,
+    RUN,
+    STUDENT,
+    TEACHER,
+    TRAIN,
+    Command,
+)
+from featdistill.config.sections import (
+    DataConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    StudentConfig,
+    TeacherConfig,
+    ViewConfig,
+)
+
+
+class DistillRunConfig(RunConfig):
+    """Where a distillation lives, and whether it looks before it leaps."""
+
+    preflight: bool = Field(
+        True, description="take a dry step first, and say what the run will cost"
+    )
+
+
+class DistillConfig(Command):
+    """Teach a fresh student the whitened feature map of a frozen teacher."""
+
+    summary = "teach a fresh student the whitened features of a frozen teacher"
+    example = (
+        "featdistill distill --teacher timm/vit_base_patch16_224.dino --student vit-b "
+        "--data IMAGES --epochs 300 --out runs/distilled"
+    )
+    flat = {**TEACHER, **STUDENT, **DATA, **RUN, **TRAIN, **OBJECTIVE}
+
+    teacher: TeacherConfig
+    student: StudentConfig = StudentConfig()
+    data: DataConfig
+    view: ViewConfig = ViewConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig(epochs=300)
+    run: DistillRunConfig
+
+
+class CheckRunConfig(DistillRunConfig):
+    """A dry run: nothing is written."""
+
+    out: str = Field("", description="not used: nothing is written")
+
+
+class CheckConfig(DistillConfig):
+    """Build everything, run one step, and say what a distillation would cost."""
+
+    summary = "build everything, run one step, and say what a distillation would cost"
+    example = "featdistill check --teacher timm/vit_base_patch16_224.dino --data IMAGES"
+
+    run: CheckRunConfig = CheckRunConfig()

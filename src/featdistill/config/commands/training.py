@@ -1,0 +1,85 @@
+"""The schemas of `pretrain` and `finetune`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from featdistill.config.commands.base import (
+    DATA,
+    RUN,
+    TRAIN,
+    Command,
+)
+from featdistill.config.sections import (
+    ContrastiveConfig,
+    ContrastiveViewConfig,
+    DataConfig,
+    FinetuneOptimizerConfig,
+    FinetuneScheduleConfig,
+    FinetuneViewConfig,
+    MixConfig,
+    ModelConfig,
+    NewModelConfig,
+    OptimizerConfig,
+    Pool,
+    Rate,
+    RunConfig,
+    ScheduleConfig,
+)
+
+
+class PretrainConfig(Command):
+    """Make a teacher where none can be downloaded: SimCLR."""
+
+    summary = "make a contrastive teacher from your own images (SimCLR)"
+    example = "featdistill pretrain --model vit-s --data IMAGES --epochs 100 --out runs/teacher"
+    flat = {
+        "model": "model.name",
+        "model-patch": "model.patch",
+        "drop-path": "model.drop_path",
+        **DATA,
+        **RUN,
+        **TRAIN,
+        "temperature": "objective.temperature",
+    }
+
+    model: NewModelConfig = NewModelConfig()
+    data: DataConfig
+    view: ContrastiveViewConfig = ContrastiveViewConfig()
+    objective: ContrastiveConfig = ContrastiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr_per_512=1e-3)
+    schedule: ScheduleConfig = ScheduleConfig(epochs=100, warmup=0.1)
+    run: RunConfig
+
+
+class FinetuneConfig(Command):
+    """Fine-tune a backbone for classification."""
+
+    summary = "fine-tune a backbone for classification"
+    example = "featdistill finetune --model runs/distilled --data LABELLED --out runs/finetuned"
+    flat = {
+        "model": "model.spec",
+        "weights": "model.weights",
+        "arch": "model.arch",
+        **DATA,
+        "labels": "data.labels",
+        **RUN,
+        **TRAIN,
+        "layer-decay": "optimizer.layer_decay",
+        "drop-path": "drop_path",
+        "pool": "pool",
+    }
+
+    model: ModelConfig
+    data: DataConfig
+    view: FinetuneViewConfig = FinetuneViewConfig()
+    mix: MixConfig = MixConfig()
+    pool: Literal[Pool.MEAN, Pool.CLS] = Field(
+        Pool.MEAN, description="vector given to the classifier: mean of the map, or cls"
+    )
+    drop_path: Rate = Field(0.1, description="stochastic depth rate")
+    optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
+    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig(epochs=100)
+    run: RunConfig
