@@ -26,6 +26,8 @@ LIGHT = {
     "student": "#bd4b00",
     "scratch": "#6f6a78",
     "other": "#8a3f7f",
+    "fifth": "#0c7a5b",
+    "sixth": "#7d6608",
 }
 DARK = {
     "paper": "#15181b",
@@ -36,10 +38,18 @@ DARK = {
     "student": "#f59a4c",
     "scratch": "#aaa4b5",
     "other": "#d895cd",
+    "fifth": "#4fc79f",
+    "sixth": "#cfb53b",
 }
+
+# those of them that mark a row or a model, in the order in which further models take them
+ROLES = ("teacher", "student", "scratch", "other", "fifth", "sixth")
 
 _MARKERS = {"teacher": "s", "student": "o", "scratch": "^"}
 _DASHES: dict[str, Any] = {"scratch": (0, (4, 2))}
+
+SEQUENTIAL = "cividis"  # made for the colour-blind; equal steps look equal, in grey too
+DIVERGING = "PuOr"  # around zero; safe for the three common kinds of colour blindness
 
 WIDTH = 4.2  # inches: about a phone's width at 72 per inch, so text never shrinks below its size
 
@@ -72,6 +82,9 @@ RC: Any = {  # Any: how matplotlib types its settings differs by version
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
     "svg.fonttype": "none",  # text stays text: selectable, searchable, in the page's font
+    "pdf.fonttype": 42,  # likewise; most journals refuse type 3
+    "image.cmap": SEQUENTIAL,
+    "image.interpolation": "nearest",  # a token is a square, not a blur
 }
 
 _lock = threading.RLock()

@@ -21,12 +21,14 @@ _FONT = re.compile(r"font: ([\d.]+px) [^;]+")
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Write `name`.png (200 dpi) and `name`.svg, both for paper; return the SVG's text."""
+    """Write `name`.png (200 dpi), `name`.pdf and `name`.svg, for paper; return the SVG's text."""
     # fixed identifiers and no date: the same record gives the same bytes
     import matplotlib
 
+    undated = {"CreationDate": None, "Creator": None, "Producer": None}
     with house(), matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(folder / f"{name}.png", dpi=_PNG_DPI, facecolor=LIGHT["paper"])
+        figure.savefig(folder / f"{name}.pdf", metadata=undated)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     (folder / f"{name}.svg").write_text(text.getvalue(), encoding="utf-8")
@@ -66,8 +68,8 @@ def _themed(key: str, value: str, name: str) -> str:
     """One attribute, with the page's colours and font, and ids of its own."""
     if key == "id":
         return f"{name}-{value}"
-    if key in (_HREF, "href"):
-        return f"#{name}-{value.removeprefix('#')}"
+    if key in (_HREF, "href"):  # else an image inside the drawing
+        return f"#{name}-{value[1:]}" if value.startswith("#") else value
     value = value.replace("url(#", f"url(#{name}-")
     if key in ("style", "fill", "stroke"):
         for colour, variable in _COLOURS.items():
