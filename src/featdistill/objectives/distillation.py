@@ -175,7 +175,11 @@ class FeatureDistillation(nn.Module):
 
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's whitened features: (B, N, D), or (B, 1, D) but for the map."""
-        raw, map_like = self._raw_targets(batch)
+        return self.targets_of(self.teacher_features(batch))
+
+    def targets_of(self, features: Features) -> Tensor:
+        """Whitened targets from what `teacher_features` gives."""
+        raw, map_like = self._raw_targets(features)
         if not map_like or self.resample_order == "before-whitening":
             return self.whitening(raw)
         p = len(self.pairing.prefix)
@@ -186,18 +190,24 @@ class FeatureDistillation(nn.Module):
         return torch.cat([whitened[:, :p], map_.flatten(2).transpose(1, 2)], dim=1)
 
     @torch.no_grad()
-    def _raw_targets(self, batch: Batch) -> tuple[Tensor, bool]:
-        """Unwhitened targets, and whether they are the tokens of a map."""
+    def teacher_features(self, batch: Batch) -> Features:
+        """The teacher's features, with the layer that the target wants."""
         images = batch.images
         if images.shape[-2:] != self.teacher.image_size:
             images = F.interpolate(images, self.teacher.image_size, mode="bilinear", antialias=True)
+        layers = () if self.pairing.layer is None else (self.pairing.layer,)
+        features: Features = self.teacher(images, layers, stream=batch.stream, slot_name="teacher")
+        return features
+
+    @torch.no_grad()
+    def _raw_targets(self, features: Features) -> tuple[Tensor, bool]:
+        """Unwhitened targets, and whether they are the tokens of a map."""
         layer = self.pairing.layer
-        layers = () if layer is None else (layer,)
-        features = self.teacher(images, layers, stream=batch.stream, slot_name="teacher")
         map_, prefix = features.map, features.prefix
         if layer is not None:
             map_, prefix = features.layers[layer].map, features.layers[layer].prefix
         if self.target == "logits":
+            assert features.logits is not None
             return features.logits[:, None], False
         if self.target == "pooled":
             return features.pooled[:, None], False
@@ -213,10 +223,18 @@ class FeatureDistillation(nn.Module):
 
     def predictions(self, batch: Batch) -> Tensor:
         """The student's projected features, shaped as the targets."""
+        return self.predictions_of(self.student_features(batch))
+
+    def student_features(self, batch: Batch) -> Features:
+        """The student's features."""
         images = batch.images
         if images.shape[-2:] != self.student.image_size:
             images = F.interpolate(images, self.student.image_size, mode="bilinear", antialias=True)
         features: Features = self.student(images, stream=batch.stream)
+        return features
+
+    def predictions_of(self, features: Features) -> Tensor:
+        """Projected features from what `student_features` gives, shaped as the targets."""
         if self.target == "map":
             tokens = self._tokens(features.map, features.prefix, features.prefix_names)
         else:
@@ -226,7 +244,10 @@ class FeatureDistillation(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         with torch.no_grad():
             target = self.targets(batch)
-        prediction = self.predictions(batch)
+        return self.compare(self.predictions(batch), target)
+
+    def compare(self, prediction: Tensor, target: Tensor) -> Loss:
+        """The loss, and the mean cosine over tokens; both (B, N, D)."""
         total = distance(self.loss, prediction, target, self.beta)
         with torch.no_grad():
             cosine = F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
@@ -236,7 +257,9 @@ class FeatureDistillation(nn.Module):
         """Learn the whitening's statistics, if it has any; whether it had."""
         if not isinstance(self.whitening, Statistics):
             return False
-        self.whitening.calibrate(self._raw_targets(batch)[0] for batch in batches)
+        self.whitening.calibrate(
+            self._raw_targets(self.teacher_features(batch))[0] for batch in batches
+        )
         return True
 
     def end_step(self, reduce: Reduce) -> None:
