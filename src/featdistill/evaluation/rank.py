@@ -33,6 +33,11 @@ class Moments:
         whole = torch.nn.functional.pad(rows.double(), (1, 0), value=1.0)
         self._products = self._products.to(rows.device) + whole.T @ whole
 
+    def merge(self, other: Moments) -> None:
+        """Take in what another one has seen."""
+        assert self.channels == other.channels, (self.channels, other.channels)
+        self._products = self._products + other._products.to(self._products.device)
+
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Replace the sums by `total` of them: those of all processes."""
         self._products = total(self._products)
