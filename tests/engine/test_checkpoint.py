@@ -21,7 +21,8 @@ from featdistill.engine.checkpoint import (
     restore,
     training_state,
 )
-from featdistill.engine.optimizer import adamw, parameter_groups, set_rate
+from featdistill.engine.optimizer import adamw, parameter_groups, set_rates
+from featdistill.engine.schedule import Schedule
 
 
 class Tiny(nn.Module):
@@ -41,7 +42,7 @@ def make(seed: int) -> tuple[Tiny, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Tiny()
     optimizer = adamw(parameter_groups([("m.", model)], weight_decay=0.1), betas=(0.9, 0.99))
-    set_rate(optimizer, 0.1)
+    set_rates(optimizer, Schedule(steps=1, warmup=0, peak=0.1, start=0.1, final=0.1), 0)
     return model, optimizer
 
 

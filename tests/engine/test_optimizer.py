@@ -13,8 +13,9 @@ from featdistill.engine.optimizer import (
     decays,
     layer_groups,
     parameter_groups,
-    set_rate,
+    set_rates,
 )
+from featdistill.engine.schedule import Schedule
 from featdistill.models.students import build_student
 
 
@@ -178,7 +179,7 @@ def test_rates_are_set_by_group() -> None:
     model(torch.rand(2, 3, 16, 16)).sum().backward()
     optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "rate 0 at first"
-    set_rate(optimizer, 0.1)
+    set_rates(optimizer, Schedule(steps=2, warmup=0, peak=0.1, start=0.0, final=0.0), 0)
     found = {n: g["lr"] for g in optimizer.param_groups for n in g["names"]}
     assert found["norm.bias"] == pytest.approx(0.1)
     assert found["blocks.1.mlp.fc1.weight"] == pytest.approx(0.05)

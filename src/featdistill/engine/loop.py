@@ -20,7 +20,7 @@ from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
 from featdistill.engine.checkpoint import Checkpoints, restore, training_state
-from featdistill.engine.optimizer import set_rate
+from featdistill.engine.optimizer import set_rates
 from featdistill.engine.quarantine import Quarantine
 from featdistill.engine.runtime import Prepared, Runtime
 from featdistill.engine.schedule import Schedule
@@ -248,7 +248,7 @@ class _Loop:
             yield batch
 
     def _step(self, step: int, batch: Batch, meter: _Meter) -> None:
-        set_rate(self.optimizer, self.plan.schedule.rate(step))
+        set_rates(self.optimizer, self.plan.schedule, step)
         parts = batch.split(self.plan.micro_batches)
         for number, part in enumerate(parts, 1):
             stream = SampleStream(self.plan.seed, step, part.positions)

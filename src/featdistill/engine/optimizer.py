@@ -14,6 +14,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from featdistill.engine.schedule import Schedule
+
 _TABLE = "relative_position_bias_table"
 _TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
@@ -41,15 +43,16 @@ class LayerGroups:
     last: int
 
     def scale(self, name: str, decay: float) -> float:
-        """Factor on the learning rate: 1 for the last layer, less for each before it."""
+        """Factor on the peak rate: 1 for the last layer, less for each before it."""
         return decay ** (self.last - self.layer_of(name))
 
 
 def layer_groups(model: nn.Module) -> LayerGroups:
-    """The official grouping: embedding 0, block l is l + 1, everything else last.
+    """The official grouping (optimizer.py): embedding 0, block l is l + 1, everything else last.
 
     A shared bias counts as the last group; Swin's downsampling belongs to the end of the stage
-    before it. Other families are grouped by timm's own matcher.
+    before it. CLIP's pre-norm, which no official student has, goes with the embedding that it ends.
+    Other families are grouped by timm's own matcher.
     """
     body = getattr(model, "body", None)
     if isinstance(body, nn.Module):  # under a generic head: the body's groups, then the head
@@ -72,7 +75,7 @@ def layer_groups(model: nn.Module) -> LayerGroups:
 def _vit_groups(depth: int) -> LayerGroups:
     def layer_of(name: str) -> int:
         first, _, rest = name.partition(".")
-        if first == "patch_embed" or first in _TOKENS:
+        if first in ("patch_embed", "norm_pre", *_TOKENS):
             return 0
         if first == "blocks":
             return int(rest.partition(".")[0]) + 1
@@ -145,7 +148,7 @@ def adamw(groups: list[dict[str, Any]], *, betas: tuple[float, float]) -> torch.
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all groups, each times its `lr_scale`."""
+def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    """Set the learning rate of each group for a step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        group["lr"] = schedule.rate(step, scale=group["lr_scale"])

@@ -22,12 +22,19 @@ class Schedule:
     start: float
     final: float
 
-    def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..., `steps` - 1."""
+    def rate(self, step: int, *, scale: float = 1.0) -> float:
+        """Learning rate of step 0, 1, ..., `steps` - 1.
+
+        Args:
+            scale: of the peak alone (layer decay): the first and the last rate are everybody's, as
+                in the official code (optimizer.py and lr_scheduler.py, with timm 0.4.12), even
+                where the scaled peak is below them.
+        """
+        peak = self.peak * scale
         if step < self.warmup:
-            return self.start + (self.peak - self.start) * step / self.warmup
+            return self.start + (peak - self.start) * step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final + (self.peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final + (peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_schedule(

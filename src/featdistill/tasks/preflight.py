@@ -25,7 +25,7 @@ from featdistill.core.errors import FeatDistillError, NonFiniteError, RunError
 from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.loader import default_workers, plainly, training_batches
-from featdistill.engine.optimizer import adamw, parameter_groups, set_rate
+from featdistill.engine.optimizer import adamw, parameter_groups, set_rates
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.tracking import duration
 from featdistill.objectives.distillation import FeatureDistillation
@@ -224,7 +224,7 @@ def _steps(
         weight_decay=config.optimizer.weight_decay,
     )
     optimizer = adamw(groups, betas=config.optimizer.betas)
-    set_rate(optimizer, assembly.schedule.rate(0))
+    set_rates(optimizer, assembly.schedule, 0)
     parts = config.run.micro_batches
     with runtime.autocast():
         objective.calibrate(runtime.batch(p) for p in batches[0].split(parts))
