@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from featdistill.data.open import open_data
+from featdistill.data.views import EvalView
+from featdistill.models.load import load_backbone
 
 WORDS = [
     *("--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", "random"),
@@ -20,11 +26,15 @@ WORDS = [
 ]
 
 
-def losses(out: Path, *more: str) -> list[float]:
-    command = [sys.executable, "-m", "featdistill", "distill", *WORDS, "--out", str(out), *more]
+def featdistill(*words: str) -> None:
+    command = [sys.executable, "-m", "featdistill", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def losses(out: Path, *more: str) -> list[float]:
+    featdistill("distill", *WORDS, "--out", str(out), *more)
     rows = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(row)["loss"] for row in rows]
 
@@ -34,3 +44,37 @@ def test_processes_and_micro_batches_change_only_rounding(tmp_path: Path) -> Non
     assert len(one) == 4
     two = losses(tmp_path / "two", "--run.devices", "2", "--run.micro_batches", "2")
     assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_two_processes_score_every_image_once(tmp_path: Path) -> None:
+    """599 images, 300 + 299: the record is what one process finds, image by image."""
+    out = tmp_path / "run"
+    featdistill(
+        *("finetune", "--weights", "random", "--data", "digits"),
+        *("--image-size", "32", "--batch-size", "64", "--steps", "8", "--out", str(out)),
+        *("--model", "timm/vit_tiny_patch16_224", "--lr", "1e-3", "--workers", "0"),
+        *("--device", "cpu", "--run.devices", "2", "--run.tensorboard", "false"),
+    )
+    got = json.loads((out / "finetune.json").read_text())["results"]
+    arrays = np.load(out / "finetune.npz")
+    held, classifier = open_data("digits").held_out, load_backbone(str(out)).eval()
+    view = EvalView(32, 0.875)
+    with torch.no_grad():
+        logits = torch.cat(
+            [classifier(view(held.read(i))[0][None].float() / 255).logits for i in range(len(held))]
+        )
+    labels, predictions = torch.from_numpy(held.labels), logits.argmax(1)
+    assert got["images"] == len(held) == 599
+    assert np.array_equal(arrays["labels"], held.labels)
+    assert np.array_equal(arrays["predictions"], predictions.numpy())
+    hits = predictions == labels
+    fives = [int((row > row[y]).sum()) < 5 for row, y in zip(logits, labels, strict=True)]
+    assert got["top1"] == pytest.approx(hits.double().mean())
+    assert got["top5"] == pytest.approx(sum(fives) / 599)
+    assert got["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4
+    )
+    for c, row in enumerate(got["by_class"]):
+        mine = labels == c
+        assert row["images"] == int(mine.sum()), row
+        assert row["accuracy"] == pytest.approx(hits[mine].double().mean())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from statistics import mean
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -19,7 +22,12 @@ from featdistill.core.types import Features
 from featdistill.data.loader import Share
 from featdistill.data.sources import ArraySource
 from featdistill.data.views import EvalView
-from featdistill.evaluation.classification import score
+from featdistill.evaluation.classification import (
+    Scores,
+    accuracy_by_class,
+    calibration_error,
+    score,
+)
 from featdistill.evaluation.features import extract, pool
 from featdistill.evaluation.knn import knn
 from featdistill.models.backbone import Backbone, Origin, TimmBuild
@@ -148,9 +156,15 @@ def views(images: ArraySource, crop: float = 0.875) -> Tensor:
 def brute(classifier: Backbone, images: ArraySource, crop: float) -> dict[str, object]:
     logits = torch.cat([classifier(x[None]).logits for x in views(images, crop)]).double()
     hits, fives, losses = [], [], []
+    classes: dict[int, list[bool]] = {}
+    bins: dict[int, list[tuple[bool, float]]] = {}
     for row, label in zip(logits, images.labels.tolist(), strict=True):
         rank = int((row > row[label]).sum())
         hits.append(rank == 0)
+        classes.setdefault(label, []).append(rank == 0)
+        sure = float(row.exp().max() / row.exp().sum())
+        number = next(b for b in range(15) if b / 15 < sure <= (b + 1) / 15)
+        bins.setdefault(number, []).append((rank == 0, sure))
         fives.append(rank < 5)
         losses.append(math.log(float(row.exp().sum())) - float(row[label]))
     return {
@@ -158,6 +172,11 @@ def brute(classifier: Backbone, images: ArraySource, crop: float) -> dict[str, o
         "top5": sum(fives) / len(fives),
         "loss": sum(losses) / len(losses),
         "predictions": logits.argmax(1),
+        "by_class": {c: sum(found) / len(found) for c, found in classes.items()},
+        "calibration": sum(
+            len(rows) / len(hits) * abs(mean(h for h, _ in rows) - mean(c for _, c in rows))
+            for rows in bins.values()
+        ),
     }
 
 
@@ -173,24 +192,34 @@ def test_scores_are_brute_force(classifier: Backbone, batch_size: int, crop: flo
     assert got.loss == pytest.approx(expected["loss"], rel=1e-5)
     assert torch.equal(got.predictions, expected["predictions"])
     assert np.array_equal(got.labels.numpy(), images.labels)
+    assert got.calibration_error == pytest.approx(expected["calibration"], rel=1e-5)
+    accuracies = {c: a for c, a in enumerate(got.by_class.tolist()) if not math.isnan(a)}
+    assert accuracies == pytest.approx(expected["by_class"])
+    assert got.mean_by_class == pytest.approx(mean(expected["by_class"].values()))
 
 
 @pytest.mark.parametrize("count", [23, 24])
 def test_two_processes_give_the_scores_of_one(classifier: Backbone, count: int) -> None:
     images = of_every_rank(classifier, count, 0.875)
-    tables: list[Tensor] = []
-
-    def keep(table: Tensor) -> Tensor:
-        tables.append(table)
-        return table
-
-    def everyone(table: Tensor) -> Tensor:
-        return torch.cat([tables[0], table])
-
+    tables: dict[int, Tensor] = {}
+    both = Barrier(2)
     options = {"batch_size": 5, "workers": 0}
-    score(classifier, images, share=Share(0, 2), gather=keep, **options)
-    got = score(classifier, images, share=Share(1, 2), gather=everyone, **options)
+
+    def process(rank: int) -> Scores:
+        def gather(table: Tensor) -> Tensor:
+            tables[rank] = table
+            both.wait(60)
+            return torch.cat([tables[0], tables[1]])
+
+        return score(classifier, images, share=Share(rank, 2), gather=gather, **options)
+
+    with ThreadPoolExecutor(2) as pool:
+        got, other = pool.map(process, (0, 1))
+    assert len(tables[0]) + len(tables[1]) == count
+    assert torch.equal(got.predictions, other.predictions)
     alone = score(classifier, images, **options)
+    assert got.calibration_error == pytest.approx(alone.calibration_error, rel=1e-6)
+    assert torch.equal(got.by_class.nan_to_num(-1), alone.by_class.nan_to_num(-1))
     assert (got.top1, got.top5) == (alone.top1, alone.top5)
     assert got.loss == pytest.approx(alone.loss, rel=1e-6)
     assert torch.equal(got.predictions, alone.predictions)
@@ -202,12 +231,29 @@ def test_more_processes_than_images(classifier: Backbone) -> None:
     alone = score(classifier, images, batch_size=4, workers=0)
 
     def everyone(table: Tensor) -> Tensor:
-        assert table.shape == (0, 5)
-        row = [0.0, alone.labels[0], alone.predictions[0], alone.top5, alone.loss]
+        assert table.shape == (0, 6)
+        row = [0.0, alone.labels[0], alone.predictions[0], alone.top5, alone.loss, 0.5]
         return torch.cat([torch.tensor([row], dtype=torch.float64), table])
 
     got = score(classifier, images, batch_size=4, workers=0, share=Share(1, 2), gather=everyone)
     assert torch.equal(got.predictions, alone.predictions)
+
+
+def test_calibration_by_hand() -> None:
+    """Bins (0.6, 0.667] and (0.933, 1]: 3/4 |1/3 - 0.62| + 1/4 |1 - 1|; an edge belongs below."""
+    sure = torch.tensor([0.61, 0.62, 0.63, 1.0])
+    right = torch.tensor([True, False, False, True])
+    assert calibration_error(sure, right) == pytest.approx(0.75 * (0.62 - 1 / 3))
+    edge = torch.tensor([0.5, 0.6])
+    apart = calibration_error(edge, torch.tensor([True, False]), bins=2)
+    assert apart == pytest.approx((0.5 + 0.6) / 2), "two bins, so the errors do not cancel"
+    assert calibration_error(edge, torch.tensor([True, False]), bins=1) == pytest.approx(0.05)
+
+
+def test_accuracy_by_class_by_hand() -> None:
+    got = accuracy_by_class(torch.tensor([0, 1, 1, 3]), torch.tensor([0, 0, 1, 1]), 4)
+    assert got[:2].tolist() == [0.5, 0.5]
+    assert got[2:].isnan().all()
 
 
 def test_fewer_than_five_classes() -> None:

@@ -22,14 +22,45 @@ class Scores:
     Attributes:
         top1, top5: accuracies in 0..1 (top5: of the best five, or of all if there are fewer).
         loss: mean cross-entropy, nats.
+        calibration_error: of the best guesses' probabilities, 0..1 (`calibration_error`).
+        by_class: (classes,) float64, accuracy on each class's images; NaN where there is none.
         predictions, labels: (n,) int64, in the source's order.
     """
 
     top1: float
     top5: float
     loss: float
+    calibration_error: float
+    by_class: Tensor
     predictions: Tensor
     labels: Tensor
+
+    @property
+    def mean_by_class(self) -> float:
+        """Mean of the classes' accuracies, over the classes that have images."""
+        return float(self.by_class.nanmean())
+
+
+def calibration_error(confidence: Tensor, correct: Tensor, *, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence is from accuracy, mean over images.
+
+    Images fall into bins of equal width by their confidence, each open at its lower end; a bin
+    counts with |its accuracy - its mean confidence|. Source: Guo et al. 2017, equation 3 (15 bins).
+
+    Args:
+        confidence: (n,) probability of the best guess, 0..1.
+        correct: (n,) whether it was right.
+    """
+    bin_of = (confidence.double() * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, bin_of, correct.double() - confidence.double())
+    return float(gaps.abs().sum() / len(confidence))
+
+
+def accuracy_by_class(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """(classes,) float64: share of each class's images that were named right; NaN without any."""
+    hits = torch.bincount(labels[predictions == labels], minlength=classes)
+    return hits.double() / torch.bincount(labels, minlength=classes)
 
 
 @torch.no_grad()
@@ -62,17 +93,22 @@ def score(
         logits = logits.float().cpu()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         loss = F.cross_entropy(logits, batch.labels, reduction="none").double()
+        confidence = logits.double().softmax(1).amax(1)
         in_five = (best == batch.labels[:, None]).any(1).double()
         exact = torch.stack([batch.indices.double(), batch.labels.double(), best[:, 0].double()])
-        rows.append(torch.cat([exact, in_five[None], loss[None]]).T)
+        rows.append(torch.cat([exact, torch.stack([in_five, loss, confidence])]).T)
     classifier.train(training)
-    table = gather(torch.cat(rows) if rows else torch.empty(0, 5, dtype=torch.float64))
+    table = gather(torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.float64))
     table = table[table[:, 0].argsort()]
+    # none twice, none left out, whatever the processes
+    assert torch.equal(table[:, 0], torch.arange(len(source), dtype=torch.float64))
     labels, predictions = table[:, 1].long(), table[:, 2].long()
     return Scores(
         top1=float((labels == predictions).double().mean()),
         top5=float(table[:, 3].mean()),
         loss=float(table[:, 4].mean()),
+        calibration_error=calibration_error(table[:, 5], labels == predictions),
+        by_class=accuracy_by_class(predictions, labels, classifier.num_classes),
         predictions=predictions,
         labels=labels,
     )

@@ -205,6 +205,22 @@ def score_arrays(scores: Scores) -> dict[str, Any]:
     return {"predictions": scores.predictions.numpy(), "labels": scores.labels.numpy()}
 
 
+def by_class(scores: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Accuracy and images of each class; no accuracy where there is no image."""
+    counts = scores.labels.bincount(minlength=len(names)).tolist()
+    return [
+        {"class": name, "accuracy": accuracy if images else None, "images": images}
+        for name, accuracy, images in zip(names, scores.by_class.tolist(), counts, strict=True)
+    ]
+
+
+def _weakest(scores: Scores, names: tuple[str, ...], limit: int = 3) -> str:
+    """The classes that are named right least often, in words."""
+    seen = [row for row in by_class(scores, names) if row["images"]]
+    seen.sort(key=lambda row: row["accuracy"])
+    return ", ".join(f"{row['class']} {row['accuracy']:.1%}" for row in seen[:limit])
+
+
 def run(config: FinetuneConfig) -> FinetuneResult:
     """Fine-tune, score and export."""
     check_out(config.run.out, resume=config.run.resume)
@@ -277,6 +293,9 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
             "top1": scores.top1,
             "top5": scores.top5,
             "loss": scores.loss,
+            "calibration_error": scores.calibration_error,
+            "mean_by_class": scores.mean_by_class,
+            "by_class": by_class(scores, tuned.classifier.class_names or ()),
             "images": len(scores.labels),
             "steps": tuned.fit.step,
             "seconds": tuned.fit.seconds,
@@ -286,7 +305,9 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
     )
     say(
         f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {len(scores.labels):,} held-out "
-        f"images, in {duration(tuned.fit.seconds)}"
+        f"images, in {duration(tuned.fit.seconds)}\n"
+        f"calibration error {scores.calibration_error:.2%}; weakest classes: "
+        f"{_weakest(scores, tuned.classifier.class_names or ())}"
     )
     if exported is None:
         say(
