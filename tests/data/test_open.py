@@ -385,7 +385,7 @@ def test_a_split_that_leaves_a_part_empty(uneven: ArraySource, fraction: float) 
 
 @pytest.mark.parametrize(
     ("budget", "counts"),
-    [("5", [5, 5, 5]), ("10%", [4, 2, 1]), (" 100% ", [40, 20, 10]), ("1%", [1, 1, 1])],
+    [("5", [5, 5, 5]), ("10%", [4, 2, 1]), (" 100% ", [40, 20, 10]), ("7/class", [7, 7, 7])],
 )
 def test_label_budget(uneven: ArraySource, budget: str, counts: list[int]) -> None:
     part = label_budget(uneven, budget, seed=0)
@@ -399,15 +399,24 @@ def test_label_budgets_are_seeded_and_nested(uneven: ArraySource) -> None:
     assert five != set(chosen(label_budget(uneven, "5", seed=1)))
 
 
-@pytest.mark.parametrize("budget", ["0", "-3", "0%", "101%", "ten", "nan%", "", "5.5"])
+@pytest.mark.parametrize("budget", ["0", "-3", "0%", "101%", "ten", "nan%", "", "5.5", "/class"])
 def test_an_impossible_label_budget(uneven: ArraySource, budget: str) -> None:
     with pytest.raises(DataError, match=r"label budget '.*'; expected N"):
         label_budget(uneven, budget, seed=0)
 
 
 def test_a_label_budget_beyond_a_class(uneven: ArraySource) -> None:
-    with pytest.raises(DataError, match=r"11 images a class, but class 2 .* has 10;"):
-        label_budget(uneven, "11", seed=0)
+    with pytest.raises(
+        DataError, match=r"of 21 images a class, .* with fewer: b \(20\), c \(10\);"
+    ):
+        label_budget(uneven, "21", seed=0)
+
+
+def test_a_label_budget_that_leaves_a_class_empty(uneven: ArraySource) -> None:
+    """2% of 40, 20 and 10 images are 1, 0 and 0."""
+    says = r"2% leaves classes .*: b \(20 images\), c \(10 images\); .*--labels 1$"
+    with pytest.raises(DataError, match=says):
+        label_budget(uneven, "2%", seed=0)
 
 
 def test_a_label_budget_without_labels(uneven: ArraySource) -> None:

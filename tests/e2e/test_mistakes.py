@@ -136,6 +136,45 @@ def test_nothing_held_out(
     fails(capsys, *words, "--data", str(tmp_path / "data"), *out, says=("--val-fraction",))
 
 
+def class_folders(root: Path, **parts: tuple[str, ...]) -> list[str]:
+    for part, names in parts.items():
+        for name in names:
+            (root / part / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8)).save(root / part / name / f"{i}.png")
+    return ["finetune", "--model", "timm/resnet18", "--weights", "random", "--data", str(root)]
+
+
+@pytest.mark.parametrize(
+    ("val", "says"),
+    [
+        (("ant", "bee", "wasp"), ("lacks: wasp",)),
+        (("ant",), ("lacks classes of", "bee, cat")),
+        (("ant", "bee", "kat"), ("lacks: kat; and lacks: cat",)),
+    ],
+)
+def test_validation_classes_that_differ(
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    tmp_path: Path,
+    val: tuple[str, ...],
+    says: tuple[str, ...],
+) -> None:
+    words = class_folders(tmp_path / "data", train=("ant", "bee", "cat"), val=val)
+    fails(capsys, *words, *out, says=says)
+    assert not Path(out[1]).exists()
+
+
+def test_label_budget_without_a_label(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    names = ("ant", "bee")
+    words = class_folders(tmp_path / "data", train=names, val=names)
+    fails(capsys, *words, *out, "--labels", "1%", says=("without any image: ant (2", "--labels 1"))
+    fails(capsys, *words, *out, "--labels", "few", says=("label budget 'few'", "N or N/class"))
+    fails(capsys, *words, *out, "--labels", "3", says=("fewer: ant (2), bee (2)",))
+
+
 def test_resume_of_nothing(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
     fails(capsys, "distill", *TEACHER, *DIGITS, *out, "--resume", says=("no run to resume",))
 

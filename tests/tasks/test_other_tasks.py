@@ -14,6 +14,7 @@ from PIL import Image
 
 import featdistill
 from featdistill.core.errors import ConfigError, DataError, ModelError
+from featdistill.data.open import open_data
 from featdistill.evaluation.paired import verdict
 from tests.tasks.conftest import SHAPE, TINY
 
@@ -24,6 +25,17 @@ def test_finetune_scores_every_held_out_image(classifier: Path) -> None:
     hits = arrays["predictions"] == arrays["labels"]
     assert len(hits) == 599
     assert record["results"]["top1"] == pytest.approx(hits.mean())
+
+
+def test_a_label_budget_is_recorded(student: Path, tmp_path: Path) -> None:
+    result = featdistill.finetune(model=student, steps=1, labels="5%", out=tmp_path / "r", **TINY)
+    record = json.loads((result.out / "finetune.json").read_text())["results"]["labels"]
+    chosen = np.load(result.out / "finetune.npz")["labelled_images"]
+    train = open_data("digits").train
+    counts = np.bincount(train.labels[chosen])
+    assert np.array_equal(counts, np.round(0.05 * np.bincount(train.labels)))
+    assert (record["budget"], record["images"]) == ("5%", len(chosen))
+    assert (record["fewest"], record["most"]) == (counts.min(), counts.max())
 
 
 def test_finetuned_export_is_a_timm_classifier(classifier: Path) -> None:

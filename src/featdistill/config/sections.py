@@ -155,7 +155,7 @@ class DataConfig(Section):
         None, gt=0, lt=1, description="share of the training part to hold out for validation"
     )
     labels: str | None = Field(
-        None, description="label budget: N images a class, or P% of them (stratified, seeded)"
+        None, description="label budget: N (or N/class) images a class, or P% of each; seeded"
     )
     batch_size: Positive = Field(256, description="global batch, over all processes")
     workers: Annotated[int, Field(ge=0)] | None = Field(

@@ -62,10 +62,19 @@ def numbered_as(train: Source, source: Source) -> Source:
         return source
     strangers = sorted(set(source.classes) - set(train.classes))
     if strangers:
+        lacks = sorted(set(train.classes) - set(source.classes))
         raise DataError(
-            f"'{source.name}' has classes that '{train.name}' lacks: {some(strangers)}",
+            f"'{source.name}' has classes that '{train.name}' lacks: {some(strangers)}"
+            + (f"; and lacks: {some(lacks)}" if lacks else ""),
             expected="the same classes in both",
         )
     number = {name: i for i, name in enumerate(train.classes)}
     table = np.array([number[name] for name in source.classes], dtype=np.int64)
     return Relabelled(source, table[source.labels], train.classes)
+
+
+def own_classes(source: Source) -> tuple[str, ...]:
+    """The class names that labelled images came with, before `numbered_as` gave them others."""
+    source = source.source if isinstance(source, Relabelled) else source
+    assert source.classes is not None
+    return source.classes

@@ -6,6 +6,7 @@ import numpy as np
 
 from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator
+from featdistill.data.parts import some
 from featdistill.data.sources import Source, Subset, labelled
 
 
@@ -28,27 +29,53 @@ def split(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
     return Subset(source, rest), Subset(source, held)
 
 
-def label_budget(source: Source, budget: str, seed: int) -> Source:
-    """A stratified, seeded part of a labelled source: `N` images a class, or `P%` of each."""
+def label_budget(source: Source, budget: str, seed: int) -> Subset:
+    """A stratified, seeded part of a labelled source: `N` (`N/class`) images a class, or `P%`.
+
+    A smaller budget of the same seed is a part of a larger one.
+
+    Raises:
+        DataError: no such budget, a class with fewer images, or one that would have none.
+    """
     labels = labelled(source, "a label budget")
-    text = budget.strip()
-    try:
-        share = float(text[:-1]) / 100 if text.endswith("%") else None
-        count = None if share is not None else int(text)
-    except ValueError:
-        raise DataError(f"label budget '{budget}'", expected="N (a class) or P%") from None
-    if (share is not None and not 0 < share <= 1) or (count is not None and count < 1):
-        raise DataError(f"label budget '{budget}'", expected="N >= 1, or a share up to 100%")
+    share, count = _parse_budget(budget)
     order = generator(seed, "labels").permutation(len(source))
-    chosen = []
+    chosen, empty, small = [], [], []
     for c in np.unique(labels):
         mine = order[labels[order] == c]
-        n = count if count is not None else max(1, round((share or 0) * len(mine)))
+        n = count if share is None else round(share * len(mine))
+        name = str(c) if source.classes is None else source.classes[c]
+        if n == 0:
+            empty.append(f"{name} ({len(mine)} images)")
         if n > len(mine):
-            raise DataError(
-                f"label budget of {n} images a class, but class {c} of '{source.name}' has "
-                f"{len(mine)}",
-                fix="give a smaller --labels",
-            )
+            small.append(f"{name} ({len(mine)})")
         chosen.append(mine[:n])
+    if small:
+        raise DataError(
+            f"label budget of {count} images a class, but '{source.name}' has classes with fewer: "
+            f"{some(small)}",
+            fix="give a smaller --labels",
+        )
+    if empty:
+        raise DataError(
+            f"a label budget of {budget.strip()} leaves classes of '{source.name}' without any "
+            f"image: {some(empty)}",
+            fix="give a larger --labels, or a number of images: --labels 1",
+        )
     return Subset(source, np.sort(np.concatenate(chosen)))
+
+
+def _parse_budget(budget: str) -> tuple[float | None, int]:
+    """A share of each class, or else a number of images of each."""
+    text = budget.strip()
+    share, count = None, 0
+    try:
+        if text.endswith("%"):
+            share = float(text[:-1]) / 100
+        else:
+            count = int(text.removesuffix("/class"))
+    except ValueError:
+        raise DataError(f"label budget '{budget}'", expected="N or N/class, or P%") from None
+    if (share is not None and not 0 < share <= 1) or (share is None and count < 1):
+        raise DataError(f"label budget '{budget}'", expected="N >= 1, or a share up to 100%")
+    return share, count

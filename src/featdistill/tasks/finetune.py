@@ -13,8 +13,8 @@ from featdistill.config.commands import CompareConfig, FinetuneConfig
 from featdistill.config.sections import Pool
 from featdistill.core.errors import DataError
 from featdistill.core.records import write_record
-from featdistill.data.parts import Data
-from featdistill.data.sources import Source, labelled
+from featdistill.data.parts import Data, own_classes, some
+from featdistill.data.sources import Source, Subset, labelled
 from featdistill.data.splits import label_budget
 from featdistill.data.views import FinetuneView
 from featdistill.engine.loop import FitResult, check_batch, fit
@@ -85,12 +85,13 @@ def check_labels(
     labelled(held, "scoring")
     assert data.train.classes is not None
     assert held.classes is not None
-    strangers = sorted(set(held.classes) - set(data.train.classes))
-    if strangers or held.classes != data.train.classes:
+    assert held.classes == data.train.classes  # where data are opened, strangers are refused
+    lacks = sorted(set(data.train.classes) - set(own_classes(held)))
+    if lacks:
         raise DataError(
-            f"the held-out part '{held.name}' has other classes than the training part: "
-            f"{', '.join(strangers[:8]) or 'the same names in another order'}",
-            expected=f"the {len(data.train.classes)} classes of '{data.train.name}'",
+            f"the held-out part '{held.name}' lacks classes of '{data.train.name}': {some(lacks)}",
+            expected="the same classes in both",
+            fix="add images of them, or leave them out of the training part",
         )
     train = data.train if budget is None else label_budget(data.train, budget, seed)
     if len(np.unique(labels)) < 2:
@@ -259,7 +260,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         return FinetuneResult(folder, None, None, None, result.step, result.seconds, result.last)
     exported = None
     if runtime.first:
-        exported = _finish(config, folder, tuned, scores)
+        exported = _finish(config, folder, train, tuned, scores)
     return FinetuneResult(
         folder,
         exported,
@@ -271,7 +272,25 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     )
 
 
-def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) -> Path | None:
+def labels_used(config: FinetuneConfig, train: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How many labels were learnt from, for the record, and which, if a budget chose them."""
+    labels = labelled(train, "fine-tuning")
+    counts = np.bincount(labels, minlength=len(train.classes or ()))
+    facts = {
+        "budget": config.data.labels,
+        "seed": config.run.seed,
+        "images": len(train),
+        "fewest": int(counts.min()),
+        "most": int(counts.max()),
+    }
+    if config.data.labels is None or not isinstance(train, Subset):
+        return facts, {}
+    return facts, {"labelled_images": train.chosen}
+
+
+def _finish(
+    config: FinetuneConfig, folder: Path, train: Source, tuned: Tuned, scores: Scores
+) -> Path | None:
     exported = None
     origin = tuned.classifier.origin
     if tuned.classifier.build is not None:
@@ -285,6 +304,7 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
             },
             licences=licences_of([(config.model.spec, origin_record(origin))]),
         )
+    used, chosen = labels_used(config, train)
     write_record(
         folder / "finetune.json",
         "finetune",
@@ -297,11 +317,12 @@ def _finish(config: FinetuneConfig, folder: Path, tuned: Tuned, scores: Scores) 
             "mean_by_class": scores.mean_by_class,
             "by_class": by_class(scores, tuned.classifier.class_names or ()),
             "images": len(scores.labels),
+            "labels": used,
             "steps": tuned.fit.step,
             "seconds": tuned.fit.seconds,
             "model": origin_record(origin),
         },
-        arrays=score_arrays(scores),
+        arrays={**score_arrays(scores), **chosen},
     )
     say(
         f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {len(scores.labels):,} held-out "
