@@ -25,6 +25,7 @@ _HOMES = {
     "FeatDistillError": "featdistill.core.errors",
     "check": "featdistill.tasks.api",
     "compare": "featdistill.tasks.api",
+    "diagnose": "featdistill.tasks.api",
     "distill": "featdistill.tasks.api",
     "export": "featdistill.tasks.api",
     "features": "featdistill.tasks.api",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from featdistill.tasks.api import (
         check,
         compare,
+        diagnose,
         distill,
         export,
         features,

@@ -39,6 +39,7 @@ EXTRA = {
     "knn": SMALL,
     "predict": SMALL,
     "features": SMALL,
+    "diagnose": SMALL,
     "export": [],
     "models": [],
     "recipes": [],

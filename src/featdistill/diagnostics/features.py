@@ -250,6 +250,7 @@ class EffectiveRank:
     """
 
     def __init__(self, channels: int) -> None:
+        self.channels = channels
         self._moments = Moments(channels)
 
     @torch.no_grad()

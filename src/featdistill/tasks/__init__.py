@@ -16,6 +16,7 @@ _HOMES = {
     "knn": "knn",
     "predict": "predict",
     "features": "features",
+    "diagnose": "diagnose",
     "pretrain": "pretrain",
     "export": "export",
     "models": "models",

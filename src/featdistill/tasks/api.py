@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featdistill.models.export import Exported
     from featdistill.tasks.check import CheckResult
     from featdistill.tasks.compare import CompareResult
+    from featdistill.tasks.diagnose_features import FeaturesDiagnosis
     from featdistill.tasks.distill import DistillResult
     from featdistill.tasks.features import FeaturesResult
     from featdistill.tasks.finetune import FinetuneResult
@@ -78,6 +79,15 @@ def features(**options: Any) -> FeaturesResult:
         if isinstance(options.get(name), str | int):
             options[name] = str(options[name]).split(",")
     return _call("features", options)
+
+
+def diagnose(kind: str, **options: Any) -> FeaturesDiagnosis:
+    """Look inside models: `kind` is features; wants `model` (one or a list), `data` and `out`."""
+    for name in ("model", "name", "weights"):
+        given = options.get(name)
+        if given is not None:
+            options[name] = list(map(str, [given] if isinstance(given, str | Path) else given))
+    return _call("diagnose", {"kind": kind, **options})
 
 
 def compare(**options: Any) -> CompareResult:

@@ -10,6 +10,7 @@ from featdistill.config.commands.base import (
 from featdistill.config.commands.comparison import (
     CompareConfig,
 )
+from featdistill.config.commands.diagnostics import DiagnoseConfig
 from featdistill.config.commands.distillation import (
     CheckConfig,
     CheckRunConfig,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Command]] = {
     "knn": KnnCommandConfig,
     "predict": PredictConfig,
     "features": FeaturesConfig,
+    "diagnose": DiagnoseConfig,
     "pretrain": PretrainConfig,
     "export": ExportConfig,
     "models": ModelsConfig,
@@ -54,6 +56,7 @@ __all__ = [
     "CheckRunConfig",
     "Command",
     "CompareConfig",
+    "DiagnoseConfig",
     "DistillConfig",
     "DistillRunConfig",
     "EvalRunConfig",

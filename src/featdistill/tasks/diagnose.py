@@ -1,0 +1,116 @@
+"""`featdistill diagnose`: models, side by side, on the same images; one file a kind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featdistill.config.commands import DiagnoseConfig
+from featdistill.config.sections import ModelConfig
+from featdistill.core.errors import ConfigError
+from featdistill.data.sources import Source, Subset
+from featdistill.engine.rundir import check_out
+from featdistill.engine.runtime import limit_threads, pick_device
+from featdistill.models.backbone import Backbone
+from featdistill.models.weights import tensors_hash
+from featdistill.tasks.common import images_of, model_of, refuse_labels
+
+_HOMES = {"features": "diagnose_features"}
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What is looked at.
+
+    Attributes:
+        models: by name, in the order given, in evaluation mode on one device.
+        images: the same for all of them.
+    """
+
+    models: dict[str, Backbone]
+    images: Source
+
+
+def run(config: DiagnoseConfig) -> Any:
+    """Diagnose; what it returns is the kind's own result."""
+    check_out(config.run.out, resume=False)
+    refuse_labels(config.data)
+    names = _names(config)
+    limit_threads()
+    source = _spread(images_of(config.data, part=config.part, seed=config.run.seed), config.images)
+    home = import_module(f"featdistill.tasks.{_HOMES[config.kind]}")
+    return home.run(config, Subjects(_models(config, names), source))
+
+
+def _names(config: DiagnoseConfig) -> list[str]:
+    count = len(config.models)
+    problems = []
+    if len(config.weights) not in (1, count):
+        problems.append(
+            f"--weights given {len(config.weights)} times for {count} models; expected once, or "
+            "once for each"
+        )
+    if config.names and len(config.names) != count:
+        problems.append(
+            f"--name given {len(config.names)} times for {count} models; expected once for each"
+        )
+    names = list(config.names or config.models)
+    if len(set(names)) < len(names):
+        problems.append("two models have the same name; give each its own with --name")
+    if problems:
+        raise ConfigError(problems)
+    return names
+
+
+def _models(config: DiagnoseConfig, names: list[str]) -> dict[str, Backbone]:
+    device = torch.device(pick_device(config.run.device))
+    weights = config.weights * (len(names) if len(config.weights) == 1 else 1)
+    return {
+        name: model_of(
+            ModelConfig(spec=spec, weights=w),
+            image_size=config.view.image_size,
+            seed=config.run.seed,
+        )
+        .to(device)
+        .eval()
+        for name, spec, w in zip(names, config.models, weights, strict=True)
+    }
+
+
+def _spread(source: Source, count: int) -> Source:
+    """`count` images at even distances, so that classes stored one after the other all occur."""
+    if len(source) <= count:
+        return source
+    return Subset(source, np.arange(count) * len(source) // count)
+
+
+def about(name: str, backbone: Backbone) -> dict[str, Any]:
+    """A model as the records have it."""
+    origin = backbone.origin
+    return {
+        "name": name,
+        "spec": origin.spec,
+        "weights": origin.weights,
+        "licence": origin.licence,
+        "tensors_sha256": tensors_hash(backbone),
+        "image_size": backbone.image_size,
+        "grid": backbone.grid,
+        "width": backbone.width,
+        "parameters": backbone.parameters_count,
+    }
+
+
+def number(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def record_file(config: DiagnoseConfig) -> Path:
+    """The record of a kind: `diagnose-KIND.json` in the output folder."""
+    return Path(config.run.out).expanduser() / f"diagnose-{config.kind}.json"
