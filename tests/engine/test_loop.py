@@ -15,6 +15,8 @@ from featdistill.core.types import Batch, Loss
 from featdistill.data.decode import BadImage
 from featdistill.data.sources import ArraySource
 from featdistill.data.views import CropView
+from featdistill.engine.best import Choice, read_best
+from featdistill.engine.checkpoint import Checkpoints
 from featdistill.engine.loop import Plan, check_batch, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.runtime import Runtime
@@ -145,6 +147,26 @@ def test_evaluation_is_logged_in_evaluation_mode(tmp_path: Path) -> None:
     assert modes == [False] * 3
     assert [row["step"] for row in rows if "val" in row] == [2, 4, 6]
     assert objective.training
+
+
+def test_the_best_state_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    values = iter([1.0, 5.0, 9.0, 2.0])  # before the first step, and after 2, 4 and 6
+    objective = Line()
+    weights: list[torch.Tensor] = []
+
+    def evaluate() -> dict[str, float]:
+        weights.append(objective.line.bias.detach().clone())
+        return {"val": next(values)}
+
+    made = plan(eval_every=2, eval_first=True, best=Choice("val", "max"))
+    rows = train(objective, tmp_path, made, evaluate=evaluate)
+    assert [row["step"] for row in rows if "val" in row] == [0, 2, 4, 6]
+    found = read_best(tmp_path / "checkpoints/best")
+    assert found is not None
+    assert (found.step, found.manifest["value"]) == (4, 9.0)
+    assert torch.equal(found.files["model"]["line.bias"], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    assert Checkpoints(tmp_path / "checkpoints").steps() == [6]
 
 
 def test_batches_that_cannot_be_shared_out() -> None:

@@ -146,3 +146,29 @@ def test_a_resumed_run_refuses_other_weights(tmp_path: Path) -> None:
     open_run(str(out), config(out), resume=True, weights=here)
     with pytest.raises(RunError, match=r"other weights \(teacher: a.pth \(sha256 1\) -> a.pth \("):
         open_run(str(out), config(out), resume=True, weights=then)
+
+
+def without_option(file: Path, section: str, name: str) -> None:
+    """As an earlier version wrote it, which did not know the option."""
+    before = yaml.safe_load(file.read_text())
+    del before[section][name]
+    file.write_text(yaml.safe_dump(before))
+
+
+def test_a_run_of_an_earlier_version_had_the_new_options_defaults(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    open_run(str(out), config(out), resume=False)
+    without_option(out / "config.yaml", "optimizer", "layer_decay")
+    open_run(str(out), config(out, resume=True), resume=True)
+    with pytest.raises(RunError, match=r"optimizer\.layer_decay: 0\.65 -> 0\.9"):
+        open_run(str(out), config(out, resume=True, optimizer={"layer_decay": 0.9}), resume=True)
+
+
+def test_an_option_that_is_no_more_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    open_run(str(out), config(out), resume=False)
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    values["optimizer"]["momentum"] = 0.5
+    (out / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(RunError, match=r"optimizer\.momentum: 0\.5 -> None"):
+        open_run(str(out), config(out, resume=True), resume=True)

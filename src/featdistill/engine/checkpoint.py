@@ -5,6 +5,7 @@
         model.safetensors   the objective's state
         optimizer.safetensors  AdamW's averages by parameter name
         random.safetensors  states of the generators
+    checkpoints/best/       see `best.py`
 
 A checkpoint is written under a temporary name, synced, and renamed; it is complete if it is there
 under its own name and its checksums agree.
@@ -104,6 +105,10 @@ class Checkpoints:
         numbers = (n.removeprefix("step-") for n in names if n.startswith("step-"))
         return sorted(int(n) for n in numbers if n.isdecimal())
 
+    def read(self, step: int) -> Checkpoint:
+        """The checkpoint of a step, verified. Raises RunError."""
+        return read_checkpoint(self.folder / f"step-{step:08d}")
+
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that is whole; None if there never was one.
 
@@ -113,9 +118,8 @@ class Checkpoints:
         steps = self.steps()
         problems = []
         for step in reversed(steps):
-            path = self.folder / f"step-{step:08d}"
             try:
-                return read_checkpoint(path)
+                return self.read(step)
             except RunError as error:
                 problems.append(str(error))
         if problems:
@@ -145,14 +149,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"checkpoint '{path}' is damaged ({error})") from None
 
 
+def model_state(objective: nn.Module) -> dict[str, Tensor]:
+    """The objective's own tensors."""
+    # clones: safetensors refuses tensors that share memory (tied weights)
+    return {k: v.clone() for k, v in objective.state_dict().items()}
+
+
 def training_state(
     objective: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Tensor]]:
     """Everything that a run needs to go on, as named tensors."""
-    # clones: safetensors refuses tensors that share memory (tied weights)
-    model = {k: v.clone() for k, v in objective.state_dict().items()}
     return {
-        "model": model,
+        "model": model_state(objective),
         "optimizer": _optimizer_tensors(optimizer),
         "random": _random_tensors(),
     }

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from featdistill.core.errors import DataError, Interrupted, NonFiniteError
+from featdistill.core.errors import DataError, Interrupted
 from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
+from featdistill.engine.best import Best, Choice
 from featdistill.engine.checkpoint import Checkpoints, restore, training_state
+from featdistill.engine.meter import Meter
 from featdistill.engine.optimizer import set_rates
 from featdistill.engine.quarantine import Quarantine
 from featdistill.engine.runtime import Prepared, Runtime
@@ -38,6 +40,8 @@ class Plan:
         clip: largest gradient norm, or None.
         stop_at: end early, to be resumed, at this step.
         eval_every: steps between evaluations; None: a tenth of the run.
+        eval_first: evaluate before the first step too.
+        best: the score by which the best state is kept beside the newest; None: it is not kept.
     """
 
     source: Source
@@ -52,11 +56,18 @@ class Plan:
     checkpoint_every: int = 500
     checkpoint_keep: int = 2
     eval_every: int | None = None
+    eval_first: bool = False
+    best: Choice | None = None
     stop_at: int | None = None
     bad_image_limit: float = 0.01
     tensorboard: bool = True
     title: str = "training"
     quiet: bool = False
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """`eval_every`, or what stands for it."""
+        return self.eval_every or max(1, self.schedule.steps // 10)
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,9 @@ def _fit(
         checkpoints=checkpoints,
         quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
         evaluate=evaluate,
+        best=Best(checkpoints.folder / "best", plan.best, resume=resume)
+        if plan.best and runtime.first
+        else None,
         bar=Bar(plan.title, quiet=plan.quiet or not runtime.first),
     )
     with closing(metrics), stop_on_signals() as request:
@@ -185,17 +199,20 @@ class _Loop:
     checkpoints: Checkpoints
     quarantine: Quarantine
     evaluate: Callable[[], Mapping[str, float]] | None
+    best: Best | None
     bar: Bar
     last: dict[str, float] = field(default_factory=dict)
 
     def run(self, start: int, stop: int, request: StopRequest) -> FitResult:
         plan, began = self.plan, time.monotonic()
-        meter = _Meter(self.runtime.device)
-        every = plan.eval_every or max(1, plan.schedule.steps // 10)
+        meter = Meter(self.runtime.device)
+        every = plan.steps_between_evaluations
         self.bar.start(plan.schedule.steps, start)
         self.objective.train()
         saved = start
         try:
+            if self.evaluate and plan.eval_first and start == 0:
+                self._evaluate(0, meter)
             for step, batch in enumerate(self._batches(start, stop, meter), start):
                 self.quarantine.add(batch.replaced)
                 self._step(step, batch, meter)
@@ -223,7 +240,7 @@ class _Loop:
         finished = stop == plan.schedule.steps
         return FitResult(stop, finished, time.monotonic() - began, self.last)
 
-    def _batches(self, start: int, stop: int, meter: _Meter) -> Iterator[Batch]:
+    def _batches(self, start: int, stop: int, meter: Meter) -> Iterator[Batch]:
         """Batches of the steps to do, timing how long the loop waits for them."""
         if start >= stop:
             return
@@ -247,7 +264,7 @@ class _Loop:
                 return
             yield batch
 
-    def _step(self, step: int, batch: Batch, meter: _Meter) -> None:
+    def _step(self, step: int, batch: Batch, meter: Meter) -> None:
         set_rates(self.optimizer, self.plan.schedule, step)
         parts = batch.split(self.plan.micro_batches)
         for number, part in enumerate(parts, 1):
@@ -262,7 +279,7 @@ class _Loop:
         if end_step is not None:
             end_step(self.runtime.sum)
 
-    def _descend(self, meter: _Meter) -> None:
+    def _descend(self, meter: Meter) -> None:
         """Clip and step, unless the gradient is no number; decided without asking the device."""
         parameters = [
             p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
@@ -277,7 +294,7 @@ class _Loop:
         self.stepper.zero_grad()
         meter.observe(norm, bad)
 
-    def _log(self, done: int, meter: _Meter, start: int, began: float) -> None:
+    def _log(self, done: int, meter: Meter, start: int, began: float) -> None:
         plan = self.plan
         values, waiting, speed = meter.take(self.runtime)
         values |= {
@@ -297,7 +314,7 @@ class _Loop:
             f"waiting for data {waiting:.0%}",
         )
 
-    def _evaluate(self, done: int, meter: _Meter) -> None:
+    def _evaluate(self, done: int, meter: Meter) -> None:
         assert self.evaluate is not None
         before = time.monotonic()
         self.objective.eval()
@@ -307,65 +324,11 @@ class _Loop:
         meter.pause(time.monotonic() - before)
         self.last |= scores
         self.metrics.write(done, scores)
+        if self.best is not None:
+            self.best.offer(done, scores, self.objective)
 
     def _save(self, done: int) -> None:
         if self.runtime.first:
             state = training_state(self.objective, self.optimizer)
             self.checkpoints.save(done, state, {"data_images": len(self.plan.source)})
         self.runtime.barrier()
-
-
-class _Meter:
-    """Sums on the device; only `take` and `check` wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.waited = 0.0
-        self._reset()
-        self._bad = torch.zeros((), device=device)
-
-    def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._images = 0.0
-        self._norms = torch.zeros((), device=self.device)
-        self._steps = 0
-        self.waited = 0.0
-        self._since = time.monotonic()
-
-    def add(self, total: Tensor, parts: Mapping[str, Tensor], images: float) -> None:
-        for name, value in {"loss": total, **parts}.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach() * images
-        self._images += images
-
-    def observe(self, norm: Tensor, bad: Tensor) -> None:
-        self._norms += norm
-        self._bad += bad
-        self._steps += 1
-
-    def pause(self, seconds: float) -> None:
-        """Leave some time out of the speed."""
-        self._since += seconds
-
-    def check(self) -> None:
-        """Raise NonFiniteError if a gradient was no number since the last look."""
-        count = int(self._bad.item())
-        if count:
-            raise NonFiniteError(
-                f"the loss or a gradient was not finite in {count} of the last steps; the weights "
-                "were left as they were before",
-                fix="try a smaller --lr, --precision float32, or look at the teacher's features",
-            )
-
-    def take(self, runtime: Runtime) -> tuple[dict[str, float], float, float]:
-        """Means since the last call, the share of time spent waiting, and images a second."""
-        self.check()
-        names = list(self._sums)
-        packed = torch.stack([self._sums[n].float() for n in names]) / self._images
-        means = (runtime.sum(packed) / runtime.share.world).tolist()
-        values = dict(zip(names, means, strict=True))
-        values["grad_norm"] = float(self._norms) / max(1, self._steps)
-        elapsed = max(1e-9, time.monotonic() - self._since)
-        speed = self._images * runtime.share.world / elapsed
-        waiting = min(1.0, self.waited / elapsed)
-        self._reset()
-        return values, waiting, speed

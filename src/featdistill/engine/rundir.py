@@ -6,11 +6,12 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from featdistill.core.errors import RunError
 from featdistill.core.records import environment, write_json
@@ -29,6 +30,12 @@ _HARMLESS = frozenset(
         "run.checkpoint_keep",
         "run.tensorboard",
         "run.preflight",
+        "run.eval_every",
+        "run.best",
+        "signal.knn_data",
+        "signal.knn_labels",
+        "signal.knn_k",
+        "signal.rank_alarm",
         "schedule.stop_at",
         "data.workers",
         "data.bad_image_limit",
@@ -90,7 +97,7 @@ def open_run(
     check_out(out, resume=resume)
     values = config.model_dump(mode="json")
     if resume:
-        _check_same(path, values)
+        _check_same(path, config)
         _check_weights(path, weights or {})
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -110,12 +117,15 @@ def open_run(
     return path
 
 
-def _check_same(path: Path, values: dict[str, Any]) -> None:
+def _check_same(path: Path, config: BaseModel) -> None:
     try:
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"cannot read '{path}/config.yaml' ({error})") from None
-    old, new = flatten(before), flatten(values)
+    with suppress(ValidationError):  # what does not fit is named below
+        # a run of an earlier version lacks the newer options: they had their defaults
+        before = type(config).model_validate(before).model_dump(mode="json")
+    old, new = flatten(before), flatten(config.model_dump(mode="json"))
     differ = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

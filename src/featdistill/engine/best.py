@@ -1,0 +1,91 @@
+"""The best state of a run by one score, kept beside the newest checkpoints.
+
+    checkpoints/best/step-00000400/    manifest.json (metric, mode, value) and model.safetensors
+
+It is written as every checkpoint is, so a kill at any instant leaves the last one whole. The value
+to beat is in its manifest: a resumed run goes on from it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from featdistill.core.errors import RunError
+from featdistill.engine.checkpoint import Checkpoint, Checkpoints, model_state
+from featdistill.engine.tracking import say
+
+Mode = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The score that decides, and whether a low or a high one is good."""
+
+    metric: str
+    mode: Mode
+
+    def beats(self, value: float, other: float) -> bool:
+        """Whether `value` is strictly better; what is no number never is."""
+        if not math.isfinite(value):
+            return False
+        return value < other if self.mode == "min" else value > other
+
+
+class Best:
+    """Keeps the best state.
+
+    Args:
+        folder: where it is.
+        resume: go on from the value there, if it is of the same score; else it is forgotten.
+    """
+
+    def __init__(self, folder: Path, choice: Choice, *, resume: bool) -> None:
+        self.choice = choice
+        self.value = math.inf if choice.mode == "min" else -math.inf
+        self._store = Checkpoints(folder, keep=1_000_000)  # the others go by `_drop`, not by age
+        found = read_best(folder) if resume else None
+        if found is not None and found.manifest.get("metric") == choice.metric:
+            self.value = float(found.manifest["value"])
+
+    def offer(self, step: int, scores: Mapping[str, float], objective: nn.Module) -> bool:
+        """Keep the objective's state if its score is better than all before; whether it was.
+
+        Raises:
+            RunError: the disk refuses; the best before is intact.
+        """
+        value = scores.get(self.choice.metric, math.nan)
+        if not self.choice.beats(value, self.value):
+            return False
+        facts = {"metric": self.choice.metric, "mode": self.choice.mode, "value": value}
+        kept = self._store.save(step, {"model": model_state(objective)}, facts)
+        self.value = value
+        for old in self._store.folder.glob("step-*"):
+            if old != kept:
+                shutil.rmtree(old, ignore_errors=True)
+        return True
+
+
+def read_best(folder: Path) -> Checkpoint | None:
+    """The best state in `checkpoints/best`; None where there is none.
+
+    A kill between a new best and the end of the old leaves both: the better is taken.
+    """
+    store, whole = Checkpoints(folder), []
+    for step in store.steps():
+        try:
+            whole.append(store.read(step))
+        except RunError as error:
+            say(f"the best state so far is lost: {error}")
+    if not whole:
+        return None
+    newest = whole[-1].manifest
+    same = [c for c in whole if c.manifest.get("metric") == newest.get("metric")]
+    sign = 1 if newest.get("mode") == "max" else -1
+    return max(same, key=lambda c: (sign * float(c.manifest["value"]), c.step))
