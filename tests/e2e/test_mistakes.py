@@ -175,6 +175,13 @@ def test_label_budget_without_a_label(
     fails(capsys, *words, *out, "--labels", "3", says=("fewer: ant (2), bee (2)",))
 
 
+def test_a_head_that_is_not_there(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    words = ["finetune", "--model", "timm/vit_tiny_patch16_224", "--weights", "random", *DIGITS]
+    fails(capsys, *words, *out, "--head", "keep", says=("not the data's 10", "--head fresh"))
+    fails(capsys, *words, *out, "--head", "kep", says=("did you mean 'keep'",))
+    assert not Path(out[1]).exists()
+
+
 def test_resume_of_nothing(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
     fails(capsys, "distill", *TEACHER, *DIGITS, *out, "--resume", says=("no run to resume",))
 

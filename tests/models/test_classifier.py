@@ -207,3 +207,28 @@ def test_a_classifier_can_be_given_other_classes() -> None:
     x = images(2, 32)
     assert second(x).logits.shape == (2, 2)
     torch.testing.assert_close(second(x).pooled, first(x).pooled, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [small_beit, small_swin, small_vit])
+def test_a_kept_head_is_the_same_classifier(make: Callable[[], Backbone]) -> None:
+    first = classifier(make())
+    stir(first.model)
+    x = images(2, first.image_size[0])
+    for head in ("auto", "keep"):
+        second = classifier(first, head=head, drop_path=0.2, pool="mean")
+        torch.testing.assert_close(second(x).logits, first(x).logits, **CLOSE)
+        assert second.class_names == NAMES
+    assert first(x).logits.abs().max() > 0.1, "not near zero, as a fresh one"
+    assert classifier(first, head="fresh")(x).logits.abs().max() < 0.05
+    other = build_classifier(first, class_names=("a", "b", "c"), head="auto").eval()
+    assert other(x).logits.abs().max() < 0.05, "other classes, so a fresh one"
+
+
+def test_a_head_that_cannot_be_kept() -> None:
+    with pytest.raises(ModelError, match="has no classifier to keep; use --head fresh"):
+        classifier(small_beit(), head="keep")
+    first = classifier(small_beit())
+    says = r"3 classes, which are not the data's 2 \(in one only: cat, dog, owl\); use --head fresh"
+    with pytest.raises(ModelError, match=says):
+        build_classifier(first, class_names=("hen", "owl"), head="keep")

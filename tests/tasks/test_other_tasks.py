@@ -27,6 +27,22 @@ def test_finetune_scores_every_held_out_image(classifier: Path) -> None:
     assert record["results"]["top1"] == pytest.approx(hits.mean())
 
 
+def test_a_classifier_goes_on_at_another_size(classifier: Path, tmp_path: Path) -> None:
+    """As the last step of 89.0 %: the head is kept, the positions are carried over."""
+    options = {**TINY, "image_size": 12, "lr": 1e-12}
+    larger = featdistill.finetune(model=classifier, steps=1, out=tmp_path / "kept", **options)
+    first, second = (featdistill.load_backbone(str(run)) for run in (classifier, larger.out))
+    head, before = (m.model.get_classifier().weight.detach() for m in (second, first))
+    torch.testing.assert_close(head, before, rtol=0, atol=1e-6)
+    assert (first.image_size, second.image_size) == ((8, 8), (12, 12))
+    assert (first.mean.tolist(), first.std.tolist()) == (second.mean.tolist(), second.std.tolist())
+    fresh = featdistill.finetune(
+        model=classifier, steps=1, head="fresh", out=tmp_path / "fresh", **options
+    )
+    weight = featdistill.load_backbone(str(fresh.out)).model.get_classifier().weight.detach()
+    assert weight.abs().max() < 1e-3 < before.abs().max()
+
+
 def test_a_label_budget_is_recorded(student: Path, tmp_path: Path) -> None:
     result = featdistill.finetune(model=student, steps=1, labels="5%", out=tmp_path / "r", **TINY)
     record = json.loads((result.out / "finetune.json").read_text())["results"]["labels"]

@@ -65,6 +65,14 @@ class Pool(StrEnum):
     MODEL = "model"
 
 
+class Head(StrEnum):
+    """What becomes of a classifier that the model brings along."""
+
+    AUTO = "auto"
+    KEEP = "keep"
+    FRESH = "fresh"
+
+
 class ModelConfig(Section):
     """One model to use, and what its checkpoint file does not say itself."""
 

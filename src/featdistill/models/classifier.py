@@ -29,6 +29,7 @@ from featdistill.models.timm_models import create, drop_path_argument
 from featdistill.models.weights import load_exactly
 
 PoolName = Literal["mean", "cls"]
+HeadName = Literal["auto", "keep", "fresh"]
 _VITS = (Beit, Eva, VisionTransformer)
 _MAPS = (SwinTransformer, SwinTransformerV2, ConvNeXt, ResNet)
 _HEAD_SCALE = 1e-3  # BEiT's: a head that starts near zero leaves the backbone's features be
@@ -40,6 +41,7 @@ def build_classifier(
     class_names: tuple[str, ...],
     pool: PoolName = "mean",
     drop_path: float = 0.0,
+    head: HeadName = "fresh",
     seed: int = 0,
 ) -> Backbone:
     """A classifier with the backbone's weights.
@@ -52,12 +54,19 @@ def build_classifier(
         class_names: one a class.
         pool: mean over the map, or the CLS token (ViTs).
         drop_path: stochastic depth rate.
+        head: `fresh`; `keep` the model's classifier, with the norm and pooling that it was trained
+            with (`pool` is then not asked); `auto` keeps one that names the same classes.
         seed: of the new head.
 
     Returns:
         A backbone of its own; `backbone` is left as it is.
+
+    Raises:
+        ModelError: no CLS token to pool, or no such classifier to keep.
     """
     model = backbone.model
+    if keeps_head(backbone, class_names, head):
+        return _kept(backbone, class_names, drop_path)
     if pool == "cls" and "cls" not in backbone.prefix_names:
         raise ModelError(
             f"'{backbone.origin.spec}' has no CLS token to pool", fix="use --pool mean"
@@ -67,6 +76,50 @@ def build_classifier(
         if backbone.build is None or not plain:
             return _headed(backbone, class_names, pool, drop_path)
         new, build = _rebuild(backbone, len(class_names), pool, drop_path)
+    mean, std = backbone.rgb
+    return Backbone(
+        new,
+        mean=mean,
+        std=std,
+        image_size=backbone.image_size,
+        origin=backbone.origin,
+        build=build,
+        class_names=class_names,
+        fixed_size=backbone.fixed_size,
+    )
+
+
+def keeps_head(backbone: Backbone, class_names: tuple[str, ...], head: HeadName) -> bool:
+    """Whether a classifier for these classes keeps the model's head.
+
+    Raises:
+        ModelError: it should, and there is none, or one for other classes.
+    """
+    same = backbone.class_names == class_names and backbone.build is not None
+    if head != "keep":
+        return head == "auto" and same
+    spec, own = backbone.origin.spec, backbone.class_names
+    if not backbone.num_classes or backbone.build is None:
+        raise ModelError(f"'{spec}' has no classifier to keep", fix="use --head fresh")
+    if own is None and backbone.num_classes == len(class_names):
+        return True  # nameless, as timm's are: taken at the user's word
+    if not same:
+        differ = sorted(set(own or ()) ^ set(class_names))
+        raise ModelError(
+            f"the classifier of '{spec}' has {backbone.num_classes} classes, which are not the "
+            f"data's {len(class_names)}"
+            + (f" (in one only: {', '.join(differ[:8])})" if own and differ else ""),
+            fix="use --head fresh",
+        )
+    return True
+
+
+def _kept(backbone: Backbone, class_names: tuple[str, ...], drop_path: float) -> Backbone:
+    assert backbone.build is not None
+    build = backbone.build
+    rate = drop_path_argument(build.architecture, drop_path)
+    new = create(build.architecture, **build.arguments, **rate)
+    load_exactly(new, dict(backbone.model.state_dict()), what=backbone.origin.spec)
     mean, std = backbone.rgb
     return Backbone(
         new,

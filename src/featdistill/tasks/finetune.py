@@ -24,7 +24,7 @@ from featdistill.engine.runtime import Runtime
 from featdistill.engine.tracking import duration, say
 from featdistill.evaluation.classification import Scores, score
 from featdistill.models.backbone import Backbone
-from featdistill.models.classifier import build_classifier
+from featdistill.models.classifier import build_classifier, keeps_head
 from featdistill.models.export import export_timm
 from featdistill.models.exports.card import public_name
 from featdistill.objectives.classification import Classification
@@ -112,6 +112,7 @@ def classification(
         class_names=classes,
         pool="cls" if config.pool is Pool.CLS else "mean",
         drop_path=config.drop_path,
+        head=config.head.value if isinstance(config, FinetuneConfig) else "fresh",
         seed=config.run.seed,
     )
     runtime.choose_attention(classifier)
@@ -240,8 +241,10 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         first=runtime.first,
         weights={"model": backbone.origin.weights},
     )
+    kept = keeps_head(backbone, classes, config.head.value)
     say(
-        f"model  {backbone.origin.spec}, {backbone.origin.weights}\n"
+        f"model  {backbone.origin.spec}, {backbone.origin.weights}; "
+        f"{'its own' if kept else 'a fresh'} classifier\n"
         f"data   {len(train):,} training images of {len(classes)} classes, "
         f"{len(held):,} held out; {runtime.describe()}"
     )

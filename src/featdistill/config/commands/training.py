@@ -19,6 +19,7 @@ from featdistill.config.sections import (
     FinetuneOptimizerConfig,
     FinetuneScheduleConfig,
     FinetuneViewConfig,
+    Head,
     MixConfig,
     ModelConfig,
     NewModelConfig,
@@ -70,6 +71,7 @@ class FinetuneConfig(Command):
         "layer-decay": "optimizer.layer_decay",
         "drop-path": "drop_path",
         "pool": "pool",
+        "head": "head",
     }
 
     model: ModelConfig
@@ -78,6 +80,11 @@ class FinetuneConfig(Command):
     mix: MixConfig = MixConfig()
     pool: Literal[Pool.MEAN, Pool.CLS] = Field(
         Pool.MEAN, description="vector given to the classifier: mean of the map, or cls"
+    )
+    head: Head = Field(
+        Head.AUTO,
+        description="keep the model's classifier (with its own norm and pooling), fresh, or auto: "
+        "keep it if it names the same classes",
     )
     drop_path: Rate = Field(0.1, description="stochastic depth rate")
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
