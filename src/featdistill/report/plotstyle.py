@@ -140,6 +140,17 @@ def title(axes: Axes, text: str) -> None:
     axes.set_title(clean, color=style.LIGHT["muted"])
 
 
+def log_vertical(axes: Axes) -> None:
+    """A logarithmic vertical axis with plain numbers: mathematical ones are not parsed in this house."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axis = axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def layer_ticks(axes: Axes, layers: int) -> None:
     """Layers along the horizontal axis, counted from 1, at most about seven labels."""
     step = max(1, math.ceil(layers / 7))
