@@ -111,7 +111,8 @@ def curves(results: Results) -> Figure:
         ):
             plotstyle.log_vertical(axis)
         else:
-            axis.set_ylim(bottom=0)
+            drawn = [layer[curve.key] or 0 for m in results["models"] for layer in m["layers"]]
+            axis.set_ylim(0, 1.12 * max(drawn) or 1)
         plotstyle.title(axis, curve.title)
         axis.grid(False, axis="x")
     _by_depth(axes[-1, 0], results)

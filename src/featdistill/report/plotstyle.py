@@ -141,7 +141,7 @@ def title(axes: Axes, text: str) -> None:
 
 
 def log_vertical(axes: Axes) -> None:
-    """A logarithmic vertical axis with plain numbers: mathematical ones are not parsed in this house."""
+    """A logarithmic vertical axis with plain numbers; the house does not parse others."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
