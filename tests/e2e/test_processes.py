@@ -36,7 +36,7 @@ def featdistill(*words: str) -> None:
 def losses(out: Path, *more: str) -> list[float]:
     featdistill("distill", *WORDS, "--out", str(out), *more)
     rows = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(row)["loss"] for row in rows]
+    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
 
 
 def test_processes_and_micro_batches_change_only_rounding(tmp_path: Path) -> None:

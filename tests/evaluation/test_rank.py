@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from featdistill.evaluation.rank import Moments, effective_rank
+from featdistill.evaluation.rank import Moments, collapse, effective_rank
 
 
 def moments(rows: Tensor, sizes: tuple[int, ...] = ()) -> Moments:
@@ -89,3 +89,30 @@ def test_neither_scale_nor_rotation_matters(seed: int, scale: float) -> None:
     expected = effective_rank(moments(rows).singular_values())
     assert 1 <= expected <= 7
     assert effective_rank(moments(scale * rows @ turn).singular_values()) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("history", "alarm"),
+    [
+        ([2.0], False),  # a fresh student
+        ([2.0, 3.0, 9.0, 9.0], False),  # still low, but early
+        ([2.0, 3.0, 9.0, 9.0, 9.0, 9.0], True),  # low when half of the ten evaluations are over
+        ([2.0, 12.0, 9.0], True),  # was above a quarter of the teacher's
+        ([2.0, 12.0, 10.0], False),  # exactly a quarter
+        ([50.0, 12.0], True),  # below a quarter of its start
+        ([50.0, 13.0], False),
+        ([50.0, 13.0, 1.0], True),
+    ],
+    ids=str,
+)
+def test_when_the_alarm_rings(history: list[float], alarm: bool) -> None:
+    found = collapse(history, 40.0, share=0.25, evaluations=10)
+    assert (found is not None) == alarm
+    assert collapse(history, 40.0, share=0.0, evaluations=10) is None
+
+
+def test_the_alarm_names_both_ranks() -> None:
+    assert collapse([2.0, 12.0, 9.0], 40.0, share=0.25, evaluations=10) == (
+        "9.0, the teacher's is 40.0"
+    )
+    assert collapse([50.0, 1.0], 1.0, share=0.25, evaluations=10) == "1.0, it began with 50.0"

@@ -38,7 +38,7 @@ def state(out: Path) -> dict[str, torch.Tensor]:
 
 def losses(out: Path) -> list[float]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows]
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def differing(one: Path, other: Path) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -350,6 +350,33 @@ class RunConfig(Section):
         None, description="steps between evaluations; a tenth of the run by default"
     )
     tensorboard: bool = Field(True, description="write TensorBoard events")
+
+
+class SignalConfig(Section):
+    """What is measured while a student learns, on images that it does not train on."""
+
+    holdout: str | None = Field(
+        "auto",
+        description="share (0.02) or number of training images to hold out, or another data set; "
+        "auto: some of the validation or test part, if there is one; none: off",
+    )
+    knn_data: str | None = Field(
+        None, description="labelled data with a held-out part, to score by nearest neighbours"
+    )
+    knn_labels: str | None = Field(None, description="label budget of the voters: N a class, or P%")
+    knn_k: Positive = Field(20, description="neighbours that vote")
+    rank_alarm: Rate = Field(
+        0.25,
+        description="warn if the features' effective rank falls below this share of the teacher's "
+        "or of its own start; 0: never",
+    )
+
+    @field_validator("holdout", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        if isinstance(value, str) and value.lower() == "none":
+            return None
+        return str(value) if isinstance(value, int | float) else value
 
 
 class KnnConfig(Section):

@@ -5,7 +5,7 @@ n rows (images or tokens), C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,3 +78,26 @@ def effective_rank(singular_values: Tensor) -> float:
     if total == 0:
         return 0.0
     return float(torch.special.entr(values / total).sum().exp())
+
+
+def collapse(
+    history: Sequence[float], teacher: float, *, share: float, evaluations: int
+) -> str | None:
+    """Whether a student's features have collapsed into few directions: in words, or None.
+
+    Its latest rank is below `share` of its first, or of the teacher's. A fresh student is below the
+    teacher's at first; so that counts only once it was above, or when half of the run is over.
+
+    Args:
+        history: the student's ranks, from before training until now.
+        teacher: the teacher's, on the same images.
+        share: 0: never.
+        evaluations: how many ranks there will be.
+    """
+    now = history[-1]
+    if now < share * history[0]:
+        return f"{now:.1f}, it began with {history[0]:.1f}"
+    floor = share * teacher
+    if now < floor and (max(history) >= floor or 2 * len(history) > evaluations):
+        return f"{now:.1f}, the teacher's is {teacher:.1f}"
+    return None

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from featdistill.config.commands import DistillConfig
+from featdistill.data.holdout import HeldOut, without
 from featdistill.data.parts import Data
 from featdistill.data.views import CropView
+from featdistill.engine.best import Choice
 from featdistill.engine.loop import check_batch
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
@@ -18,6 +20,7 @@ from featdistill.models.students import PositionName, build_student
 from featdistill.models.transfer import continue_from, position_of
 from featdistill.objectives.distillation import FeatureDistillation
 from featdistill.tasks.common import data_of, model_of, refuse_labels, runtime_of, schedule_of
+from featdistill.tasks.signal_data import Voters, choice_of, held_out_of, voters_of
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,25 @@ class Assembly:
     runtime: Runtime
     notes: tuple[str, ...]
     weights: Mapping[str, str]
+    held: HeldOut
+    voters: Voters | None
+    best: Choice | None
 
 
 def assemble(config: DistillConfig) -> Assembly:
     """Build teacher, student, objective and data; every mistake comes out here."""
     refuse_labels(config.data)
     data = data_of(config.data, config.run.seed)
+    held = held_out_of(config, data)
+    data = without(data, held)
     schedule = schedule_of(
         config.schedule,
         config.optimizer,
         images=len(data.train),
         batch_size=config.data.batch_size,
     )
+    voters = voters_of(config)
+    best = choice_of(config, held)
     processes = config.run.devices * config.run.nodes
     check_batch(config.data.batch_size, processes=processes, micro_batches=config.run.micro_batches)
     runtime = runtime_of(config.run)
@@ -74,7 +84,9 @@ def assemble(config: DistillConfig) -> Assembly:
     weights = {"teacher": teacher.origin.weights}
     if source is not None and source is not teacher:
         weights["student"] = source.origin.weights
-    return Assembly(data, view, objective, schedule, runtime, tuple(notes), weights)
+    return Assembly(
+        data, view, objective, schedule, runtime, tuple(notes), weights, held, voters, best
+    )
 
 
 def _source(config: DistillConfig, teacher: Backbone) -> Backbone | None:

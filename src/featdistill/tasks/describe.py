@@ -38,6 +38,7 @@ def describe(
     options, width = config.objective, min(width, _WIDEST)
     facts = [
         ("data", f"{len(data.train):,} images of {data.train.name}"),
+        ("held out", _held_out(assembly)),
         ("view", _view(assembly)),
         ("target", _target(objective)),
         ("resampled", _resampled(objective)),
@@ -58,6 +59,16 @@ def describe(
         if loading := getattr(model.origin, "loading", ()):
             lines += [f"{side}'s checkpoint", *(f"  {line}" for line in loading), ""]
     return lines + [line for name, fact in facts for line in wrapped(name, fact, width)]
+
+
+def _held_out(assembly: Assembly) -> str:
+    voters = assembly.voters
+    neighbours = (
+        f"; kNN: {len(voters.train):,} images of {voters.train.name} vote on {len(voters.held):,}"
+        if voters
+        else ""
+    )
+    return assembly.held.describe() + neighbours
 
 
 def wrapped(name: str, fact: str, width: int = _WIDEST) -> list[str]:

@@ -26,6 +26,7 @@ from featdistill.tasks.common import plain, plan_of
 from featdistill.tasks.describe import describe, shapes, width_of
 from featdistill.tasks.preflight import preflight
 from featdistill.tasks.provenance import licences_of, origin_record
+from featdistill.tasks.signal import Signal
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,12 @@ def run(config: DistillConfig) -> DistillResult:
         [("student.model.", objective.student.model), ("projector.", objective.projector)],
         weight_decay=config.optimizer.weight_decay,
     )
-    plan = plan_of(
-        config, assembly.data.train, assembly.view, assembly.schedule, title="distilling"
+    plan = replace(
+        plan_of(config, assembly.data.train, assembly.view, assembly.schedule, title="distilling"),
+        eval_first=True,
+        best=assembly.best,
     )
+    signal = Signal(config, assembly, plan, folder)
     result = fit(
         objective,
         adamw(groups, betas=config.optimizer.betas),
@@ -76,6 +80,7 @@ def run(config: DistillConfig) -> DistillResult:
         runtime=assembly.runtime,
         folder=folder,
         resume=config.run.resume,
+        evaluate=signal if signal.wanted else None,
     )
     exported = None
     if result.finished and assembly.runtime.first:

@@ -42,6 +42,7 @@ OBJECTIVE = {
     "whitening": "objective.whitening",
     "loss": "objective.loss",
 }
+SIGNAL = {"holdout": "signal.holdout", "knn-data": "signal.knn_data", "best": "run.best"}
 
 
 class Command(Section):

@@ -8,6 +8,7 @@ from featdistill.config.commands.base import (
     DATA,
     OBJECTIVE,
     RUN,
+    SIGNAL,
     STUDENT,
     TEACHER,
     TRAIN,
@@ -19,6 +20,7 @@ from featdistill.config.sections import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    SignalConfig,
     StudentConfig,
     TeacherConfig,
     ViewConfig,
@@ -28,6 +30,11 @@ from featdistill.config.sections import (
 class DistillRunConfig(RunConfig):
     """Where a distillation lives, and whether it looks before it leaps."""
 
+    best: str | None = Field(
+        None,
+        description="keep the best state by this score too: holdout_loss, holdout_cosine, "
+        "holdout_explained_variance, student_rank or knn_top1",
+    )
     preflight: bool = Field(
         True, description="take a dry step first, and say what the run will cost"
     )
@@ -41,7 +48,7 @@ class DistillConfig(Command):
         "featdistill distill --teacher timm/vit_base_patch16_224.dino --student vit-b "
         "--data IMAGES --epochs 300 --out runs/distilled"
     )
-    flat = {**TEACHER, **STUDENT, **DATA, **RUN, **TRAIN, **OBJECTIVE}
+    flat = {**TEACHER, **STUDENT, **DATA, **RUN, **TRAIN, **OBJECTIVE, **SIGNAL}
 
     teacher: TeacherConfig
     student: StudentConfig = StudentConfig()
@@ -50,6 +57,7 @@ class DistillConfig(Command):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig(epochs=300)
+    signal: SignalConfig = SignalConfig()
     run: DistillRunConfig
 
 
