@@ -19,7 +19,6 @@ from featdistill.config.resolve import (
     path_of,
     read_recipe,
     recipe_names,
-    recipe_text,
     resolve,
     to_yaml,
 )
@@ -247,13 +246,6 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
         for name, value in tree.items()
         for p, v in _flat(value, f"{prefix}.{name}" if prefix else name).items()
     }
-
-
-def test_a_recipes_head_says_command_and_hardware() -> None:
-    for name in recipe_names():
-        head = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
-        assert any("command " in line for line in head), name
-        assert any("hardware " in line for line in head), name
 
 
 def test_a_recipe_of_another_command() -> None:
