@@ -34,6 +34,7 @@ _HOMES = {
     "predict": "featdistill.tasks.api",
     "pretrain": "featdistill.tasks.api",
     "quickstart": "featdistill.tasks.api",
+    "write_report": "featdistill.tasks.api",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         quickstart,
+        write_report,
     )
 
 

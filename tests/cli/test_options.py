@@ -51,6 +51,8 @@ def test_none_for_an_optional_section() -> None:
 
 def test_a_bare_word_is_the_positional_option() -> None:
     assert parse(COMMANDS["recipes"], ["x"]).values == {"name": "x"}
+    many = parse(COMMANDS["report"], ["a", "--out", "o", "b", "--run", "c"])
+    assert many.values == {"runs": ["a", "b", "c"], "out": "o"}
     assert parse(COMMANDS["export"], ["runs/a", "--out", "b"]).values["model"] == "runs/a"
 
 

@@ -43,6 +43,7 @@ EXTRA = {
     "export": [],
     "models": [],
     "recipes": [],
+    "report": [],
 }
 
 

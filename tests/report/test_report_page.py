@@ -187,7 +187,7 @@ def test_same_record_gives_the_same_bytes(make_comparison: Make) -> None:
 
 
 def test_mistakes_are_said(make_comparison: Make, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no record at"):
+    with pytest.raises(RunError, match="no folder"):
         write_report(tmp_path / "nowhere")
     folder = make_comparison(rows=[])
     with pytest.raises(RunError, match=r"not complete \(results\.rows"):

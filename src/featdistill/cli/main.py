@@ -24,6 +24,7 @@ SUMMARIES = (
         "export",
         "write a model for timm, transformers, ONNX or the official code, and check it",
     ),
+    ("report", "make one page of runs, comparisons and diagnoses"),
     ("models", "list the students, and search timm for teachers"),
     ("recipes", "list the recipes, or print one"),
 )

@@ -41,11 +41,23 @@ def parse(schema: type[Command], arguments: Sequence[str]) -> Parsed:
             parsed.print_config = True
         elif word.startswith("--"):
             _option(schema, parsed, word[2:], queue)
-        elif schema.positional and schema.positional not in parsed.values:
-            parsed.values[schema.positional] = word
+        elif schema.positional and _bare(schema, schema.positional, parsed, word):
+            continue
         else:
             parsed.problems.append(f"'{word}' is not an option; options begin with '--'")
     return parsed
+
+
+def _bare(schema: type[Command], name: str, parsed: Parsed, word: str) -> bool:
+    """Take in a bare word as the schema's positional; False where there is no room for it."""
+    path = path_of(schema, name)
+    if path is not None and leaves(schema)[path].is_tuple:
+        _option(schema, parsed, name, [word])
+        return True
+    if name in parsed.values:
+        return False
+    parsed.values[name] = word
+    return True
 
 
 def _option(schema: type[Command], parsed: Parsed, word: str, queue: list[str]) -> None:

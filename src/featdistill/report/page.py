@@ -1,18 +1,16 @@
-"""One self-contained HTML page of a comparison, drawn from the files of its folder."""
+"""One self-contained HTML page of a comparison, runs and diagnoses, drawn from their files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featdistill.core.errors import RunError
-from featdistill.core.records import read_record
 from featdistill.engine.rundir import read_metrics
-from featdistill.report import figures, style, svg, tables, words
+from featdistill.report import figures, runs, style, tables, words
 from featdistill.report.comparison import (
     Comparison,
     Making,
@@ -22,20 +20,9 @@ from featdistill.report.comparison import (
     read_making,
     series,
 )
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A figure of the page: its SVG and the words around it."""
-
-    number: int
-    title: str
-    drawing: Markup
-    caption: str
+from featdistill.report.diagnoses import sections
+from featdistill.report.folders import Found, Material, as_json, gather
+from featdistill.report.gallery import Gallery, Section, Shown
 
 
 @dataclass(frozen=True)
@@ -48,36 +35,55 @@ class Line:
     code: bool = False
 
 
-def write_report(folder: Path) -> Path:
-    """Draw a finished comparison: `folder`/report/index.html, and each figure as PNG and SVG.
+def write_report(*folders: Path, out: Path | None = None) -> Path:
+    """Draw what was found: `out`/index.html, and each figure as PNG, SVG and PDF.
 
-    Reads `compare.json`, the metrics of its runs and, where they were kept, those of the models'
-    making in `inputs/`.
+    Reads the records in these folders, the metrics of their runs and, where they were kept, those
+    of a comparison's models in `inputs/`.
 
     Args:
-        folder: what `featdistill compare` wrote.
+        folders: what `compare`, `distill`, `finetune`, `pretrain`, `diagnose` or `landscape` wrote.
+        out: by default `report` in the first of them.
 
     Returns:
-        The page. It needs no other file, no network and no script.
+        The page. It needs no other file and no network.
 
     Raises:
         RunError: there is no such record, it is not complete, or the page cannot be written.
+        ConfigError: there are two comparisons.
     """
-    record = read_record(folder / "compare.json", "compare")
-    found = parse_results(record.get("results") or {})
-    made = [one for name in ("teacher", "student") if (one := read_making(folder, name))]
-    curves = {row.name: _curves(folder, row) for row in found.rows}
-    out = folder / "report"
+    material = gather(folders)
+    out = folders[0] / "report" if out is None else out
+    compared = None if material.comparison is None else _compared(material.comparison)
     try:
-        out.mkdir(exist_ok=True)
-        gallery = _Gallery(out)
-        answer = _answer(gallery, found)
-        training = _training(gallery, found, curves, made)
+        out.mkdir(parents=True, exist_ok=True)
+        gallery = Gallery(out)
+        answer = _answer(gallery, compared.found) if compared else []
+        training = _training(gallery, compared) if compared else []
+        with style.house():
+            training += runs.curves(gallery, material)
+            diagnoses = [s for one in material.diagnoses for s in sections(gallery, one)]
         page = out / "index.html"
-        page.write_text(_render(record, found, answer, training, made), encoding="utf-8")
+        page.write_text(_render(material, compared, answer, training, diagnoses), encoding="utf-8")
     except OSError as error:
         raise RunError(f"cannot write the report in '{out}' ({error.strerror or error})") from None
     return page
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison and what lies beside its record."""
+
+    found: Comparison
+    curves: Mapping[str, Sequence[Series]]
+    made: tuple[Making, ...]
+
+
+def _compared(one: Found) -> Compared:
+    folder, found = one.file.parent, parse_results(one.results)
+    made = (read_making(folder, name) for name in ("teacher", "student"))
+    curves = {row.name: _curves(folder, row) for row in found.rows}
+    return Compared(found, curves, tuple(m for m in made if m))
 
 
 def _curves(folder: Path, row: Row) -> list[Series]:
@@ -86,24 +92,7 @@ def _curves(folder: Path, row: Row) -> list[Series]:
     return [one for metrics in runs if (one := series(metrics, "val_top1")).steps]
 
 
-class _Gallery:
-    """Numbers the figures, and writes each in its formats."""
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self._count = 0
-
-    def add(self, figure: Figure, name: str, title: str, caption: str, description: str) -> Shown:
-        from markupsafe import Markup
-
-        self._count += 1
-        text = svg.save(figure, self._out, name)
-        drawing = svg.inline(text, name=name, title=title, description=description)
-        # safe: made by an XML writer, which escaped every text and attribute
-        return Shown(self._count, title, Markup(drawing), caption)
-
-
-def _answer(gallery: _Gallery, found: Comparison) -> list[Shown]:
+def _answer(gallery: Gallery, found: Comparison) -> list[Shown]:
     """The figures that answer the question."""
     with style.house():
         dots = figures.accuracy(found)
@@ -115,23 +104,19 @@ def _answer(gallery: _Gallery, found: Comparison) -> list[Shown]:
     return shown
 
 
-def _training(
-    gallery: _Gallery,
-    found: Comparison,
-    curves: Mapping[str, Sequence[Series]],
-    made: Sequence[Making],
-) -> list[Shown]:
+def _training(gallery: Gallery, compared: Compared) -> list[Shown]:
     """The figures that say how it came to that; those for which there are files."""
     shown = []
+    found = compared.found
     with style.house():
-        lines = figures.finetuning(found, curves)
+        lines = figures.finetuning(found, compared.curves)
         if lines is not None:
             shown.append(gallery.add(lines, "finetuning", "Fine-tuning", *words.finetuning(found)))
         rates = figures.sweep(found)
         if rates is not None:
             title = "Choosing the learning rate"
             shown.append(gallery.add(rates, "learning-rate", title, *words.sweep(found)))
-        for one in made:
+        for one in compared.made:
             shown.append(
                 gallery.add(
                     figures.making(one), f"{one.kind}-{one.name}", *words.making(one, found)
@@ -179,12 +164,38 @@ def _to_teacher(found: Comparison, row: Row) -> str:
     return tables.points(*difference) if difference else tables.NOTHING
 
 
+def _accounts(material: Material, compared: Compared | None) -> list[runs.Account]:
+    """What each record was made with."""
+    found = [
+        runs.account(one, as_json(one.record)) for one in (*material.runs, *material.diagnoses)
+    ]
+    if compared is None or material.comparison is None:
+        return found
+    record = material.comparison.record
+    facts = tuple(words.facts(compared.found, record, compared.made))
+    return [runs.Account("Comparison", facts, as_json(record)), *found]
+
+
+def _words(compared: Compared | None) -> dict[str, Any]:
+    """What the page says of a comparison."""
+    if compared is None:
+        return {"c": None, "groups": [], "table_caption": "", "reading": []}
+    found = compared.found
+    return {
+        "c": found,
+        "to_teacher": found.to_teacher,
+        "groups": [group for group in _groups(found) if group],
+        "table_caption": words.table(found),
+        "reading": words.reading(found),
+    }
+
+
 def _render(
-    record: Mapping[str, Any],
-    found: Comparison,
+    material: Material,
+    compared: Compared | None,
     answer: Sequence[Shown],
     training: Sequence[Shown],
-    made: Sequence[Making],
+    diagnoses: Sequence[Section],
 ) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -196,20 +207,23 @@ def _render(
     template = environment.from_string(files.joinpath("page.html").read_text(encoding="utf-8"))
     # safe: the package's own
     css = Markup(f"{style.css()}\n{files.joinpath('page.css').read_text(encoding='utf-8')}")
+    everything = [material.comparison, *material.runs, *material.diagnoses]
+    records = [one for one in everything if one is not None]
     return template.render(
-        c=found,
+        **_words(compared),
+        verdict=compared.found.verdict if compared else runs.verdict(material),
+        subject=compared.found.data.name if compared else ", ".join(r.name for r in records),
         css=css,
-        created=str(record.get("created") or "")[:10],
+        created=str(records[0].record.get("created") or "")[:10],
         role=style.role,
         percent=tables.percent,
         points=tables.points,
         of_seeds=tables.of_seeds,
-        to_teacher=found.to_teacher,
         answer=answer,
+        run_names=[one.name for one in material.runs],
+        run_lines=runs.table(material),
         training=training,
-        groups=[group for group in _groups(found) if group],
-        table_caption=words.table(found),
-        reading=words.reading(found),
-        facts=words.facts(found, record, made),
-        config=json.dumps(record.get("config") or {}, indent=2, ensure_ascii=False),
+        diagnoses=diagnoses,
+        accounts=_accounts(material, compared),
+        files=list(dict.fromkeys(one.file.name for one in records)),
     )

@@ -218,15 +218,12 @@ def facts(
 ) -> list[tuple[str, str, bool]]:
     """What was run, as (term, value, whether it is code)."""
     data, recipe = found.data, found.recipe
-    environment = record.get("environment") or {}
-    versions = environment.get("versions") or {}
     budget = "all" if data.labels is None else f"a budget of {data.labels} a class"
     if isinstance(data.labels, str) and data.labels.endswith("%"):
         budget = f"a budget of {data.labels}"
     decay = "" if recipe.layer_decay is None else f", layer decay {recipe.layer_decay:g}"
     tried = sorted({trial.lr for row in found.rows for trial in row.sweep})
     rates = listed([rate(one) for one in tried]) if tried else rate(recipe.lr)
-    python = environment.get("python")
     entries = [
         ("Data", f"{data.name}: {data.train_images:,} training images of {data.classes} classes"),
         ("Labels", f"{budget}: {data.labelled_images:,} images for each fine-tuning"),
@@ -240,6 +237,17 @@ def facts(
         ("Seeds", ", ".join(map(str, found.seeds))),
         *((f"{_INPUTS[one.kind]}", _made(one, found)) for one in made),
         ("Time", _time(found)),
+    ]
+    own = [(term, text, False) for term, text in entries if text]
+    return [*own, *environment_facts(record)]
+
+
+def environment_facts(record: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
+    """What a record was made on, as (term, value, whether it is code); what is known of it."""
+    environment = record.get("environment") or {}
+    versions = environment.get("versions") or {}
+    python = environment.get("python")
+    entries = [
         ("Device", listed([str(d) for d in environment.get("devices") or []])),
         ("Threads", str(environment.get("threads") or "")),
         ("System", str(environment.get("platform") or "")),

@@ -19,6 +19,7 @@ _HOMES = {
     "diagnose": "diagnose",
     "pretrain": "pretrain",
     "export": "export",
+    "report": "report",
     "models": "models",
     "recipes": "recipes",
 }

@@ -100,6 +100,11 @@ def export(**options: Any) -> Exported:
     return _call("export", options)
 
 
+def write_report(*runs: str | Path, out: str | Path | None = None) -> Path:
+    """One page of what these folders hold: the command `report`, whose name is a package's here."""
+    return _call("report", {"run": list(map(str, runs)), "out": None if out is None else str(out)})
+
+
 def quickstart(**options: Any) -> QuickstartResult:
     """The whole loop on scikit-learn's digits, offline."""
     return _call("quickstart", options)

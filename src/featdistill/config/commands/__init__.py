@@ -32,6 +32,7 @@ from featdistill.config.commands.utilities import (
     ModelsConfig,
     QuickstartConfig,
     RecipesConfig,
+    ReportConfig,
 )
 
 COMMANDS: dict[str, type[Command]] = {
@@ -46,6 +47,7 @@ COMMANDS: dict[str, type[Command]] = {
     "diagnose": DiagnoseConfig,
     "pretrain": PretrainConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
     "models": ModelsConfig,
     "recipes": RecipesConfig,
 }
@@ -71,4 +73,5 @@ __all__ = [
     "PretrainConfig",
     "QuickstartConfig",
     "RecipesConfig",
+    "ReportConfig",
 ]

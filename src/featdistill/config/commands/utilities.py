@@ -45,6 +45,22 @@ class ExportConfig(Command):
     )
 
 
+class ReportConfig(Command):
+    """Make one page of what runs, comparisons and diagnoses found, from their files alone."""
+
+    summary = "make one page of runs, comparisons and diagnoses"
+    example = "featdistill report runs/distilled diagnosed --out report"
+    flat = {"run": "runs", "out": "out"}
+    positional = "run"
+
+    runs: tuple[str, ...] = Field(
+        min_length=1, description="folders that commands wrote; may be repeated"
+    )
+    out: str | None = Field(
+        None, description="folder for the page; report/ in the first by default"
+    )
+
+
 class ModelsConfig(Command):
     """List students and the teachers that timm knows."""
 
