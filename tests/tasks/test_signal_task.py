@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
 
 import featdistill
+from featdistill.cli.main import main
 from featdistill.core.errors import ConfigError, Interrupted, RunError
 from featdistill.engine.best import read_best
-from featdistill.engine.checkpoint import Checkpoints
+from featdistill.engine.checkpoint import Checkpoint, Checkpoints
 from featdistill.engine.rundir import read_metrics
 from featdistill.evaluation import fidelity as module
 from tests.tasks.conftest import SHAPE, TINY
@@ -114,15 +116,37 @@ def test_knn_alone_with_a_label_budget(teacher: Path, tmp_path: Path) -> None:
     assert "kNN: 30 images of digits" in log
 
 
-def test_the_best_state_is_the_one_with_the_best_score(teacher: Path, tmp_path: Path) -> None:
+def test_the_best_state_is_the_one_with_the_best_score(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = iter([3.0, 9.0, 5.0, 4.0])
+    real = module._Sums.result
+    monkeypatch.setattr(
+        module._Sums, "result", lambda *a: replace(real(*a), student_rank=next(ranks))
+    )
     out = tmp_path / "run"
     distill(teacher, out, holdout="0.1", best="student_rank")
-    rows = scores(out)
-    expected = max(rows, key=lambda row: row["student_rank"])
+    monkeypatch.undo()
     found = read_best(out / "checkpoints/best")
     assert found is not None
-    assert found.step == expected["step"]
-    assert found.manifest["value"] == expected["student_rank"]
+    assert (found.step, found.manifest["value"]) == (2, 9.0)
+    _check_best_export(out, found)
+
+
+def _check_best_export(out: Path, best: Checkpoint) -> None:
+    """`RUN/best` is what any command takes for a model, and knows its own story."""
+    model = timm.create_model(f"local-dir:{out / 'best/export'}", pretrained=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, best.files["model"][f"student.model.{name}"]), name
+    last = timm.create_model(f"local-dir:{out / 'export'}", pretrained=True)
+    for name, value in last.state_dict().items():
+        assert torch.equal(value, state(out)[f"model/student.model.{name}"]), name
+    record = json.loads((out / "best/distill.json").read_text())["results"]
+    assert (record["steps"], record["last"]["student_rank"]) == (2, 9.0)
+    assert main(["export", str(out / "best"), "--to", "plain", "--out", str(out / "plain")]) == 0
+    card = (out / "plain/README.md").read_text()
+    assert "student_rank" in card
+    assert "distill: after" in card
 
 
 @pytest.mark.parametrize("at", [1, 3, 4])

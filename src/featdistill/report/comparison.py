@@ -220,6 +220,13 @@ _CURVES = {
     "distill": {"loss": "loss", "cosine": "cosine"},
     "pretrain": {"loss": "loss", "agreement": "agreement"},
 }
+# what a run measures besides, if it has images for it
+_SIGNAL = {
+    "loss on held-out images": "holdout_loss",
+    "variance of the target explained, held-out images": "holdout_explained_variance",
+    "effective rank of the features": "student_rank",
+    "nearest neighbours, top-1 as a share": "knn_top1",
+}
 
 
 def read_making(folder: Path, name: str) -> Making | None:
@@ -231,6 +238,8 @@ def read_making(folder: Path, name: str) -> Making | None:
         found = {label: series(metrics, key) for label, key in curves.items()}
         found = {label: curve for label, curve in found.items() if len(curve.steps) > 1}
         if found and (record is not None or len(found) == len(curves)):
+            more = {label: series(metrics, key) for label, key in _SIGNAL.items()}
+            found |= {label: curve for label, curve in more.items() if len(curve.steps) > 1}
             results = record.get("results") if record else None
             return Making(name, kind, found, results if isinstance(results, dict) else {})
     return None

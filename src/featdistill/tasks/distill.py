@@ -14,9 +14,10 @@ from featdistill.config.commands import DistillConfig
 from featdistill.core.records import write_record
 from featdistill.core.seeds import SampleStream
 from featdistill.data.loader import plainly, training_batches
+from featdistill.engine.best import read_best
 from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
-from featdistill.engine.rundir import check_out, open_run
+from featdistill.engine.rundir import check_out, open_run, read_metrics
 from featdistill.engine.tracking import console, duration, log, say
 from featdistill.models.backbone import Origin
 from featdistill.models.export import Exported, export_timm
@@ -167,10 +168,47 @@ def _finish(
     seconds: float,
     last: Mapping[str, float],
 ) -> Exported:
-    objective = assembly.objective
-    steps = assembly.schedule.steps
-    views = steps * config.data.batch_size
-    teacher = objective.teacher.origin
+    """Export the student, and the best one too if one was kept; say what to do next."""
+    exported = _keep(
+        config, assembly, folder, step=assembly.schedule.steps, seconds=seconds, last=last
+    )
+    say(
+        f"done in {duration(seconds)}; the student, for plain timm (checked to "
+        f"{exported.difference:.0e}):\n"
+    )
+    say(exported.snippet)
+    _keep_best(config, assembly, folder, seconds)
+    weights = config.teacher.weights
+    out = config.run.out.rstrip("/")
+    words = [
+        *("featdistill", "compare", "--teacher", config.teacher.spec),
+        *(() if weights == "hub" else ("--teacher-weights", weights)),
+        *("--student", out, "--data", config.data.path),
+        *("--image-size", str(config.view.image_size), "--out", f"{out}-compared"),
+    ]
+    say(f"\nnext: {shlex.join(words)}")
+    return exported
+
+
+def _keep(
+    config: DistillConfig,
+    assembly: Assembly,
+    folder: Path,
+    *,
+    step: int,
+    seconds: float,
+    last: Mapping[str, float],
+    chosen: str | None = None,
+) -> Exported:
+    """Write the export and the record of the student as it was after a step.
+
+    Args:
+        seconds: of the whole session.
+        last: the newest values logged by then.
+        chosen: by which score this step was chosen; None: it is the last.
+    """
+    objective, teacher = assembly.objective, assembly.objective.teacher.origin
+    views = step * config.data.batch_size
     befores = [(config.teacher.spec, origin_record(teacher))]
     if config.student.init != "teacher" and (source := _init_record(config, assembly)):
         befores.append((config.student.init, source))
@@ -183,7 +221,8 @@ def _finish(
             f"licence: {teacher.licence or 'unknown'})",
             **_continued(config, assembly),
             "data": f"{len(assembly.data.train):,} images of {Path(config.data.path).name}",
-            "views": f"{views:,} in {steps:,} steps",
+            "views": f"{views:,} in {step:,} steps",
+            **({"chosen by": chosen} if chosen else {}),
             "target": f"{config.objective.target.value}, {config.objective.whitening.value}, "
             f"{config.objective.loss.value}",
         },
@@ -194,28 +233,41 @@ def _finish(
         "distill",
         config=plain(config),
         results={
-            "steps": steps,
+            "steps": step,
             "images_seen": views,
             "seconds": seconds,
             "pairing": asdict(objective.pairing),
             "last": dict(last),
             "notes": list(assembly.notes),
+            "held_out": assembly.held.describe(),
+            "chosen_by": chosen,
             "teacher": asdict(teacher),
             "student_init": _init_record(config, assembly),
         },
     )
-    say(
-        f"done in {duration(seconds)}; the student, for plain timm (checked to "
-        f"{exported.difference:.0e}):\n"
-    )
-    say(exported.snippet)
-    weights = config.teacher.weights
-    out = config.run.out.rstrip("/")
-    words = [
-        *("featdistill", "compare", "--teacher", config.teacher.spec),
-        *(() if weights == "hub" else ("--teacher-weights", weights)),
-        *("--student", out, "--data", config.data.path),
-        *("--image-size", str(config.view.image_size), "--out", f"{out}-compared"),
-    ]
-    say(f"\nnext: {shlex.join(words)}")
     return exported
+
+
+def _keep_best(config: DistillConfig, assembly: Assembly, folder: Path, seconds: float) -> None:
+    """The best student as a small run folder, `best/`; the objective then holds that one."""
+    best = read_best(folder / "checkpoints" / "best") if assembly.best else None
+    if best is None:
+        return
+    metric, value = best.manifest["metric"], best.manifest["value"]
+    values: dict[str, float] = {}
+    for row in read_metrics(folder / "metrics.jsonl"):
+        if row["step"] <= best.step:
+            values |= row
+    values.pop("step", None)
+    assembly.objective.load_state_dict(dict(best.files["model"]))
+    chosen = f"{metric} {value:.4g}, {best.manifest['mode']} of the run"
+    _keep(
+        config,
+        assembly,
+        folder / "best",
+        step=best.step,
+        seconds=seconds,
+        last=values,
+        chosen=chosen,
+    )
+    say(f"\nthe best student by {metric} ({value:.4g}, step {best.step:,}): {folder / 'best'}")
