@@ -5,6 +5,7 @@
         model.safetensors   the objective's state
         optimizer.safetensors  AdamW's averages by parameter name
         random.safetensors  states of the generators
+        average.safetensors  averaged weights, if the run keeps them
     checkpoints/best/       see `best.py`
 
 A checkpoint is written under a temporary name, synced, and renamed; it is complete if it is there
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import RunError
 from featdistill.core.records import sync, write_json
+from featdistill.engine.average import WeightAverage
 from featdistill.models.weights import file_hash
 
 FORMAT = 1
@@ -156,17 +158,27 @@ def model_state(objective: nn.Module) -> dict[str, Tensor]:
 
 
 def training_state(
-    objective: nn.Module, optimizer: torch.optim.Optimizer
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Everything that a run needs to go on, as named tensors."""
-    return {
+    state = {
         "model": model_state(objective),
         "optimizer": _optimizer_tensors(optimizer),
         "random": _random_tensors(),
     }
+    if average is not None:
+        state["average"] = {k: v.clone() for k, v in average.state_dict().items()}
+    return state
 
 
-def restore(checkpoint: Checkpoint, objective: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(
+    checkpoint: Checkpoint,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None = None,
+) -> None:
     """Put a checkpoint's state back.
 
     Raises:
@@ -175,6 +187,8 @@ def restore(checkpoint: Checkpoint, objective: nn.Module, optimizer: torch.optim
     try:
         objective.load_state_dict(dict(checkpoint.files["model"]))
         _restore_optimizer(checkpoint.files["optimizer"], optimizer)
+        if average is not None:
+            average.load_state_dict(checkpoint.files["average"])
     except (KeyError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise RunError(f"checkpoint '{checkpoint.path}' is not of this model ({line})") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featdistill.core.errors import DataError, Interrupted
@@ -19,6 +19,7 @@ from featdistill.core.types import Batch
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
+from featdistill.engine.average import WeightAverage
 from featdistill.engine.best import Best, Choice
 from featdistill.engine.checkpoint import Checkpoints, restore, training_state
 from featdistill.engine.meter import Meter
@@ -112,6 +113,7 @@ def fit(
     folder: Path,
     resume: bool = False,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    average: WeightAverage | None = None,
 ) -> FitResult:
     """Train an objective to the end of its schedule.
 
@@ -125,6 +127,7 @@ def fit(
         folder: the run's.
         resume: go on from the newest checkpoint.
         evaluate: scores to log, called now and then in evaluation mode.
+        average: of weights of the objective, to keep up to date and in the checkpoints.
 
     Raises:
         Interrupted: asked to stop by a signal; the state was saved.
@@ -133,7 +136,7 @@ def fit(
     """
     # a model's own dropout draws from the global generator: it too starts from the seed
     with seeded_globals("fit", plan.seed):
-        return _fit(objective, optimizer, plan, runtime, folder, resume, evaluate)
+        return _fit(objective, optimizer, plan, runtime, folder, resume, evaluate, average)
 
 
 def _fit(
@@ -144,6 +147,7 @@ def _fit(
     folder: Path,
     resume: bool,
     evaluate: Callable[[], Mapping[str, float]] | None,
+    average: WeightAverage | None,
 ) -> FitResult:
     parts = plan.micro_batches * runtime.share.world
     if parts > 1 and any(isinstance(m, _BatchNorm) for m in objective.modules()):
@@ -153,6 +157,8 @@ def _fit(
         )
     checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
     wrapped, stepper = runtime.prepare(objective, optimizer)
+    if average is not None:
+        average.start()  # only now are the weights on their device
     start = 0
     if resume and (checkpoint := checkpoints.latest()) is not None:
         before, now = checkpoint.manifest.get("data_images"), len(plan.source)
@@ -161,7 +167,7 @@ def _fit(
                 f"the run began with {before} images of '{plan.source.name}', now there are {now}",
                 fix="put the data back, or begin a new run",
             )
-        restore(checkpoint, objective, optimizer)
+        restore(checkpoint, objective, optimizer, average)
         start = checkpoint.step
         say(f"resumed at step {start} from {checkpoint.path}")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
@@ -178,6 +184,7 @@ def _fit(
         checkpoints=checkpoints,
         quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
         evaluate=evaluate,
+        average=average,
         best=Best(checkpoints.folder / "best", plan.best, resume=resume)
         if plan.best and runtime.first
         else None,
@@ -199,6 +206,7 @@ class _Loop:
     checkpoints: Checkpoints
     quarantine: Quarantine
     evaluate: Callable[[], Mapping[str, float]] | None
+    average: WeightAverage | None
     best: Best | None
     bar: Bar
     last: dict[str, float] = field(default_factory=dict)
@@ -274,13 +282,19 @@ class _Loop:
                 loss = self.wrapped(ready)
                 self.runtime.backward(loss, len(parts))
             meter.add(loss.total, loss.parts, len(batch) / len(parts))
-        self._descend(meter)
+        bad = self._descend(meter)
+        if self.average is not None:
+            self.average.update(step, bad)
         end_step = getattr(self.objective, "end_step", None)
         if end_step is not None:
             end_step(self.runtime.sum)
 
-    def _descend(self, meter: Meter) -> None:
-        """Clip and step, unless the gradient is no number; decided without asking the device."""
+    def _descend(self, meter: Meter) -> Tensor:
+        """Clip and step, unless the gradient is no number; decided without asking the device.
+
+        Returns:
+            On the device, 1 if there was no step, else 0.
+        """
         parameters = [
             p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
         ]
@@ -293,6 +307,7 @@ class _Loop:
         self.stepper.step()
         self.stepper.zero_grad()
         meter.observe(norm, bad)
+        return bad
 
     def _log(self, done: int, meter: Meter, start: int, began: float) -> None:
         plan = self.plan
@@ -329,6 +344,6 @@ class _Loop:
 
     def _save(self, done: int) -> None:
         if self.runtime.first:
-            state = training_state(self.objective, self.optimizer)
+            state = training_state(self.objective, self.optimizer, self.average)
             self.checkpoints.save(done, state, {"data_images": len(self.plan.source)})
         self.runtime.barrier()

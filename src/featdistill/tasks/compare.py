@@ -32,7 +32,8 @@ from featdistill.models.backbone import Backbone
 from featdistill.models.students import build_fresh
 from featdistill.models.weights import tensors_hash
 from featdistill.tasks.common import data_of, model_of, plain, runtime_of, schedule_of
-from featdistill.tasks.finetune import check_labels, classification, score_arrays, tune
+from featdistill.tasks.finetune import check_labels, classification, tune
+from featdistill.tasks.finetune_record import score_arrays
 from featdistill.tasks.knn import knn_of
 
 

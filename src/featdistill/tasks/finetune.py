@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,9 +13,10 @@ from featdistill.config.sections import Pool
 from featdistill.core.errors import DataError
 from featdistill.core.records import write_record
 from featdistill.data.parts import Data, own_classes, some
-from featdistill.data.sources import Source, Subset, labelled
+from featdistill.data.sources import Source, labelled
 from featdistill.data.splits import label_budget
 from featdistill.data.views import FinetuneView
+from featdistill.engine.average import WeightAverage
 from featdistill.engine.loop import FitResult, check_batch, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
@@ -35,6 +35,12 @@ from featdistill.tasks.common import (
     plan_of,
     runtime_of,
     schedule_of,
+)
+from featdistill.tasks.finetune_record import (
+    by_class,
+    labels_used,
+    score_arrays,
+    weakest,
 )
 from featdistill.tasks.provenance import licences_of, origin_record
 
@@ -60,11 +66,17 @@ class FinetuneResult:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A fine-tuned classifier and its scores (None if the run stopped early)."""
+    """A fine-tuned classifier and its scores (None if the run stopped early).
+
+    Attributes:
+        average: averaged weights, if they were asked for; `average_scores` are theirs.
+    """
 
     classifier: Backbone
     fit: FitResult
     scores: Scores | None
+    average: WeightAverage | None = None
+    average_scores: Scores | None = None
 
 
 def check_labels(
@@ -169,11 +181,18 @@ def tune(
             gather=runtime.gather,
         )
 
+    ema = config.ema if isinstance(config, FinetuneConfig) else None
+    average = None if ema is None else WeightAverage(classifier.model, decay=ema)
     found: dict[str, Scores] = {}
 
     def evaluate() -> dict[str, float]:
         found["last"] = latest = scores()
-        return {"val_top1": latest.top1, "val_top5": latest.top5, "val_loss": latest.loss}
+        values = {"val_top1": latest.top1, "val_top5": latest.top5, "val_loss": latest.loss}
+        if average is None:
+            return values
+        with average.applied():
+            found["average"] = latest = scores()
+        return values | {"val_top1_ema": latest.top1, "val_loss_ema": latest.loss}
 
     result = fit(
         objective,
@@ -183,10 +202,13 @@ def tune(
         folder=folder,
         resume=config.run.resume,
         evaluate=evaluate,
+        average=average,
     )
     if not result.finished:
         return Tuned(classifier, result, None)
-    return Tuned(classifier, result, found.get("last") or scores())
+    if not found:  # resumed at its end
+        evaluate()
+    return Tuned(classifier, result, found["last"], average, found.get("average"))
 
 
 def finetune_view(config: FinetuneConfig | CompareConfig, backbone: Backbone) -> FinetuneView:
@@ -200,27 +222,6 @@ def finetune_view(config: FinetuneConfig | CompareConfig, backbone: Backbone) ->
         randaugment=view.randaugment,
         mean=backbone.rgb[0],
     )
-
-
-def score_arrays(scores: Scores) -> dict[str, Any]:
-    """Predictions and labels by image, for paired comparisons later."""
-    return {"predictions": scores.predictions.numpy(), "labels": scores.labels.numpy()}
-
-
-def by_class(scores: Scores, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Accuracy and images of each class; no accuracy where there is no image."""
-    counts = scores.labels.bincount(minlength=len(names)).tolist()
-    return [
-        {"class": name, "accuracy": accuracy if images else None, "images": images}
-        for name, accuracy, images in zip(names, scores.by_class.tolist(), counts, strict=True)
-    ]
-
-
-def _weakest(scores: Scores, names: tuple[str, ...], limit: int = 3) -> str:
-    """The classes that are named right least often, in words."""
-    seen = [row for row in by_class(scores, names) if row["images"]]
-    seen.sort(key=lambda row: row["accuracy"])
-    return ", ".join(f"{row['class']} {row['accuracy']:.1%}" for row in seen[:limit])
 
 
 def run(config: FinetuneConfig) -> FinetuneResult:
@@ -275,20 +276,46 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     )
 
 
-def labels_used(config: FinetuneConfig, train: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """How many labels were learnt from, for the record, and which, if a budget chose them."""
-    labels = labelled(train, "fine-tuning")
-    counts = np.bincount(labels, minlength=len(train.classes or ()))
-    facts = {
-        "budget": config.data.labels,
-        "seed": config.run.seed,
-        "images": len(train),
-        "fewest": int(counts.min()),
-        "most": int(counts.max()),
+def _finish_average(
+    config: FinetuneConfig, folder: Path, tuned: Tuned
+) -> dict[str, float | None] | None:
+    """Export the averaged weights, say how good they are, and return it for the record."""
+    scores, average = tuned.average_scores, tuned.average
+    if scores is None or average is None:
+        return None
+    where = "averaged weights"
+    if tuned.classifier.build is not None:
+        with average.applied():
+            exported = export_timm(
+                tuned.classifier,
+                folder / "export-ema",
+                card=_card(
+                    config, tuned.classifier, scores, f"averaged weights (EMA {config.ema})"
+                ),
+                licences=licences_of([(config.model.spec, origin_record(tuned.classifier.origin))]),
+            )
+        where += f" in {exported.folder}"
+    say(f"{where}: top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%}")
+    return {
+        "decay": config.ema,
+        "top1": scores.top1,
+        "top5": scores.top5,
+        "loss": scores.loss,
+        "calibration_error": scores.calibration_error,
     }
-    if config.data.labels is None or not isinstance(train, Subset):
-        return facts, {}
-    return facts, {"labelled_images": train.chosen}
+
+
+def _card(
+    config: FinetuneConfig, classifier: Backbone, scores: Scores, weights: str | None = None
+) -> dict[str, str]:
+    """What the model card of an export says."""
+    name = f"{public_name(config.model.spec)} ({classifier.origin.weights})"
+    return {
+        "fine-tuned from": name,
+        **({"weights": weights} if weights else {}),
+        "data": Path(config.data.path).name,
+        "top-1": f"{scores.top1:.2%} of {len(scores.labels):,} held-out images",
+    }
 
 
 def _finish(
@@ -300,14 +327,11 @@ def _finish(
         exported = export_timm(
             tuned.classifier,
             folder / "export",
-            card={
-                "fine-tuned from": f"{public_name(config.model.spec)} ({origin.weights})",
-                "data": Path(config.data.path).name,
-                "top-1": f"{scores.top1:.2%} of {len(scores.labels):,} held-out images",
-            },
+            card=_card(config, tuned.classifier, scores),
             licences=licences_of([(config.model.spec, origin_record(origin))]),
         )
     used, chosen = labels_used(config, train)
+    averaged = _finish_average(config, folder, tuned)
     write_record(
         folder / "finetune.json",
         "finetune",
@@ -321,6 +345,7 @@ def _finish(
             "by_class": by_class(scores, tuned.classifier.class_names or ()),
             "images": len(scores.labels),
             "labels": used,
+            "ema": averaged,
             "steps": tuned.fit.step,
             "seconds": tuned.fit.seconds,
             "model": origin_record(origin),
@@ -331,7 +356,7 @@ def _finish(
         f"top-1 {scores.top1:.2%}, top-5 {scores.top5:.2%} of {len(scores.labels):,} held-out "
         f"images, in {duration(tuned.fit.seconds)}\n"
         f"calibration error {scores.calibration_error:.2%}; weakest classes: "
-        f"{_weakest(scores, tuned.classifier.class_names or ())}"
+        f"{weakest(scores, tuned.classifier.class_names or ())}"
     )
     if exported is None:
         say(

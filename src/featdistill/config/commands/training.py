@@ -72,6 +72,7 @@ class FinetuneConfig(Command):
         "drop-path": "drop_path",
         "pool": "pool",
         "head": "head",
+        "ema": "ema",
     }
 
     model: ModelConfig
@@ -87,6 +88,12 @@ class FinetuneConfig(Command):
         "keep it if it names the same classes",
     )
     drop_path: Rate = Field(0.1, description="stochastic depth rate")
+    ema: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="decay of averaged weights, scored and exported beside the others, or none",
+    )
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     schedule: FinetuneScheduleConfig = FinetuneScheduleConfig(epochs=100)
     run: RunConfig
