@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from featdistill.core.errors import RunError
-from featdistill.report import feature_figures
+from featdistill.report import attention_figures, feature_figures, landscape_figures
 from featdistill.report.folders import Found
 from featdistill.report.gallery import Gallery, Section
 
@@ -30,7 +32,7 @@ def sections(gallery: Gallery, found: Found) -> list[Section]:
 
 def _features(gallery: Gallery, found: Found) -> Iterator[Section]:
     results, arrays = found.results, found.arrays
-    images = f"{results['data']['images']:,} images of {results['data']['name']}"
+    images = _images(results)
     names = feature_figures.names(results)
     last = {model["name"]: model["layers"][-1] for model in results["models"]}
     shown = [
@@ -81,6 +83,99 @@ def _features(gallery: Gallery, found: Found) -> Iterator[Section]:
     )
 
 
+def _images(results: Mapping[str, Any]) -> str:
+    """`1,000 images of NAME`; of a path its last part, since the whole stands further below."""
+    name = str(results["data"]["name"])
+    return f"{results['data']['images']:,} images of {Path(name).name or name}"
+
+
+def _attention(gallery: Gallery, found: Found) -> Iterator[Section]:
+    results, arrays = found.results, found.arrays
+    images, names = _images(results), feature_figures.names(results)
+    last = {model["name"]: model["layers"][-1] for model in results["models"]}
+    shown = [
+        gallery.add(
+            attention_figures.distances(results),
+            "attention-distance",
+            "How far heads look",
+            f"Mean attention distance of each head ({attention_figures.UNITS[results['unit']]}), a "
+            f"dot for each head, the line their mean; {images}. Prefix tokens are left out and "
+            "rows divided by their sum; one scale for all models.",
+            _per_model(last, lambda layer: fmean(layer["distance"]), "mean distance {:.3g}"),
+        ),
+        gallery.add(
+            attention_figures.similarity(results),
+            "head-similarity",
+            "How alike heads are, and what pattern they follow",
+            f"Mean cosine of two heads' attention rows; share of the layer's mean map that depends "
+            f"on the offset alone, or on the key alone (R²); no unit, {images}. Bands: standard "
+            "error over images.",
+            _per_model(last, lambda layer: layer["similarity"], "similarity {:.3f}"),
+        ),
+    ]
+    wall = attention_figures.maps(results, arrays)
+    if wall is not None:
+        shown.append(
+            gallery.add(
+                wall,
+                "mean-maps",
+                "Mean attention maps",
+                "Attention from each token (row) to each token (column), mean over heads and "
+                f"{images}, as multiples of uniform attention; one scale, cut at the 99th "
+                "percentile. A bright diagonal: tokens look near themselves; bright columns: all "
+                "look at the same ones.",
+                f"Mean maps of {', '.join(names)}.",
+            )
+        )
+    yield Section(
+        "Attention, head by head",
+        "Heads that spread over many distances and differ from each other share the work; a layer "
+        "whose dots lie together, with a similarity near 1, does the same thing in every head.",
+        tuple(shown),
+    )
+
+
+def _landscape(gallery: Gallery, found: Found) -> Iterator[Section]:
+    results, arrays = found.results, found.arrays
+    names = ", ".join(feature_figures.names(results))
+    caption = (
+        f"{results['objective']}, {_images(results)}, along two Gaussian directions scaled to each "
+        "filter's norm (so steps have no unit), the same raw directions and one scale for all "
+        "models; the first plane."
+    )
+    drawn = (
+        (landscape_figures.surfaces, "landscape-surface", "The landscape as a surface"),
+        (landscape_figures.contours, "landscape-contours", "The landscape from above"),
+    )
+    yield Section(
+        "Loss landscape",
+        "The wider and flatter the valley around the middle, the less a change of the weights "
+        "hurts.",
+        tuple(
+            gallery.add(draw(results, arrays), name, title, caption, f"Landscapes of {names}.")
+            for draw, name, title in drawn
+        ),
+    )
+
+
+def _curvature(gallery: Gallery, found: Found) -> Iterator[Section]:
+    results = found.results
+    top = {model["name"]: model for model in results["models"]}
+    shown = gallery.add(
+        landscape_figures.eigenvalues(results),
+        "eigenvalues",
+        "The steepest directions",
+        f"Largest eigenvalues of the Hessian of {results['objective']} (loss for each squared unit "
+        f"of the weights), {_images(results)}; whiskers: residuals of the eigenvectors.",
+        _per_model(top, lambda model: model["eigenvalues"][0], "largest {:.4g}", ""),
+    )
+    yield Section(
+        "Curvature",
+        "Large eigenvalues are directions in which the loss bends sharply; smaller is flatter.",
+        (shown,),
+    )
+
+
 def _most(results: Mapping[str, Any]) -> int:
     return max(layer["rank_limit"] for m in results["models"] for layer in m["layers"])
 
@@ -89,13 +184,19 @@ def _per_model(
     last: Mapping[str, Mapping[str, Any]],
     value: Callable[[Mapping[str, Any]], float | None],
     how: str,
+    where: str = "At the last layer: ",
 ) -> str:
-    """The last layer's value of each model, for those who cannot see the figure."""
+    """One value of each model, for those who cannot see the figure."""
     said = [
         f"{name} {'unknown' if (v := value(layer)) is None else how.format(v)}"
         for name, layer in last.items()
     ]
-    return f"At the last layer: {', '.join(said)}."
+    return f"{where}{', '.join(said)}."
 
 
-_READ["diagnose-features"] = _features
+_READ |= {
+    "diagnose-attention": _attention,
+    "diagnose-features": _features,
+    "landscape": _landscape,
+    "curvature": _curvature,
+}

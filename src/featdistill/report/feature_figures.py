@@ -66,7 +66,7 @@ def cka(results: Results, arrays: Arrays) -> Figure:
         axis.axhline(end - 0.5, color=style.LIGHT["paper"], linewidth=1.6)
         axis.axvline(end - 0.5, color=style.LIGHT["paper"], linewidth=1.6)
     middles = [(a + b - 1) / 2 for a, b in pairwise(ends)]
-    labels = [_short(name) for name in names(results)]
+    labels = [short(name) for name in names(results)]
     axis.set_xticks(middles, labels)
     axis.set_yticks(middles, labels, rotation=90, va="center")
     axis.tick_params(length=0)
@@ -82,13 +82,13 @@ def spectrum(results: Results) -> Figure:
     looks = plotstyle.looks(names(results))
     for model in results["models"]:
         look, layers = looks[model["name"]], model["layers"]
-        high = [_number(layer["relative_log_amplitude"][-1]) for layer in layers]
-        error = [_number(layer["relative_log_amplitude_error"][-1]) for layer in layers]
-        _line(depth, _depths(layers), high, look, _short(model["name"]), error)
+        high = [number(layer["relative_log_amplitude"][-1]) for layer in layers]
+        error = [number(layer["relative_log_amplitude_error"][-1]) for layer in layers]
+        draw_line(depth, depths(layers), high, look, short(model["name"]), error)
         end = layers[-1]
-        values = [_number(v) for v in end["relative_log_amplitude"]]
-        _line(last, end["frequency"], values, look, _short(model["name"]))
-    _by_depth(depth, results)
+        values = [number(v) for v in end["relative_log_amplitude"]]
+        draw_line(last, end["frequency"], values, look, short(model["name"]))
+    by_depth(depth, results)
     plotstyle.title(depth, "Relative log amplitude at the highest frequency, nats")
     plotstyle.title(last, "Last layer: relative log amplitude, nats")
     last.set_xlabel("spatial frequency, \N{GREEK SMALL LETTER PI} for each token")
@@ -103,11 +103,13 @@ def curves(results: Results) -> Figure:
     for axis, curve in zip(axes[:, 0], CURVES, strict=True):
         for model in results["models"]:
             layers = model["layers"]
-            values = [_number(layer[curve.key]) for layer in layers]
-            error = [_number(layer.get(f"{curve.key}_error")) for layer in layers]
-            _line(axis, _depths(layers), values, looks[model["name"]], _short(model["name"]), error)
+            values = [number(layer[curve.key]) for layer in layers]
+            error = [number(layer.get(f"{curve.key}_error")) for layer in layers]
+            draw_line(
+                axis, depths(layers), values, looks[model["name"]], short(model["name"]), error
+            )
         if curve.log and all(
-            (_number(layer[curve.key]) or 0) > 0 for m in results["models"] for layer in m["layers"]
+            (number(layer[curve.key]) or 0) > 0 for m in results["models"] for layer in m["layers"]
         ):
             plotstyle.log_vertical(axis)
         else:
@@ -115,7 +117,7 @@ def curves(results: Results) -> Figure:
             axis.set_ylim(0, 1.12 * max(drawn) or 1)
         plotstyle.title(axis, curve.title)
         axis.grid(False, axis="x")
-    _by_depth(axes[-1, 0], results)
+    by_depth(axes[-1, 0], results)
     axes[0, 0].legend(frameon=False, fontsize=8.5)
     return figure
 
@@ -127,7 +129,7 @@ def pictures(results: Results, arrays: Arrays) -> Figure | None:
         return None
     first = arrays[f"{found[0]}.photographs"][:_PICTURES]
     rows = [first, *(arrays[f"{i}.pictures"][:_PICTURES] for i in found)]
-    labels = ["image", *(_short(names(results)[i]) for i in found)]
+    labels = ["image", *(short(names(results)[i]) for i in found)]
     height = 0.15 + len(rows) * style.WIDTH / (_PICTURES + 0.25)
     figure, axes = plotstyle.panels(
         len(rows), len(first), height=height, share_x=False, share_y=False
@@ -139,7 +141,7 @@ def pictures(results: Results, arrays: Arrays) -> Figure | None:
     return figure
 
 
-def _line(
+def draw_line(
     axis: Axes,
     places: Sequence[float],
     values: Sequence[float],
@@ -147,6 +149,7 @@ def _line(
     label: str,
     errors: Sequence[float] | None = None,
 ) -> None:
+    """A model's values, with a band of their standard errors if all are known."""
     axis.plot(
         places,
         values,
@@ -162,12 +165,13 @@ def _line(
         axis.fill_between(places, low, high, color=look.colour, alpha=0.2, linewidth=0)
 
 
-def _depths(layers: Sequence[Any]) -> list[float]:
+def depths(layers: Sequence[Any]) -> list[float]:
     """Each layer's place between the first, 0, and the last, 1: so that depths may differ."""
     return [i / max(len(layers) - 1, 1) for i in range(len(layers))]
 
 
-def _by_depth(axis: Axes, results: Results) -> None:
+def by_depth(axis: Axes, results: Results) -> None:
+    """Names the horizontal axis: layers, or shares of the depth where models differ in it."""
     counts = {len(model["layers"]) for model in results["models"]}
     if len(counts) == 1:
         count = counts.pop()
@@ -181,11 +185,11 @@ def _by_depth(axis: Axes, results: Results) -> None:
     axis.grid(False, axis="x")
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """JSON's null is not a number."""
     return float("nan") if value is None else float(value)
 
 
-def _short(name: str, most: int = 22) -> str:
+def short(name: str, most: int = 22) -> str:
     """The end of a name, which is what differs between paths."""
     return name if len(name) <= most else f"…{name[-most + 1 :]}"

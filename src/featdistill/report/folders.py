@@ -22,7 +22,7 @@ _CURVES = {
     "distill": {"loss": "loss", "cosine": "cosine"},
     "finetune": {"loss": "loss", "top-1 on held-out images": "val_top1"},
 }
-DIAGNOSES = ("diagnose-attention", "diagnose-features", "landscape")
+DIAGNOSES = ("diagnose-attention", "diagnose-features", "landscape", "curvature")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ _TITLES = {
     "diagnose-attention": "Attention",
     "diagnose-features": "Features",
     "landscape": "Landscape",
+    "curvature": "Curvature",
 }
 # whose colour a run's curves have
 _ROLES = {"pretrain": "teacher", "distill": "student", "finetune": "other"}

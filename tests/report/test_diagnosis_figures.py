@@ -1,0 +1,140 @@
+"""Figures of attention, landscape and curvature records: true to them, and on one scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featdistill.core.records import write_record
+from featdistill.report import attention_figures, landscape_figures, style
+from featdistill.report.page import write_report
+from tests.report.test_report_page import Page
+
+NAMES = ("teacher", "student")
+DATA = {"name": "/data/photographs", "images": 64}
+
+
+def _models(**extra: Any) -> list[dict[str, Any]]:
+    return [{"name": name, "spec": f"runs/{name}", "weights": "hub", **extra} for name in NAMES]
+
+
+def attention(depth: int = 6, heads: int = 4) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Made results: distances rise with the head, similarity with the layer."""
+    layers = [
+        {
+            "distance": [20.0 + 10 * h + 5 * j for h in range(heads)],
+            "distance_error": [0.5] * heads,
+            "similarity": None if heads == 1 else 0.1 * j,
+            "similarity_error": None if heads == 1 else 0.01,
+            "column_r2": 0.8 - 0.1 * j,
+            "relative_r2": 0.1 * j,
+        }
+        for j in range(depth)
+    ]
+    results = {"data": DATA, "unit": "pixels", "models": _models(layers=layers)}
+    grid = np.stack(np.meshgrid(np.arange(7), np.arange(7), indexing="ij"), -1).reshape(-1, 2)
+    far = ((grid[:, None] - grid[None]) ** 2).sum(-1)
+    arrays = {}
+    for i in range(len(NAMES)):
+        for j in range(depth):
+            map_ = np.exp(-far / (1 + (1 + i) * (depth - j)))
+            arrays[f"{i}.map.{j}"] = map_ / map_.sum(1, keepdims=True)
+    return results, arrays
+
+
+def landscape(steepness: float = 1.0) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Made results: two bowls."""
+    steps = np.linspace(-1, 1, 21)
+    bowl = steps[:, None] ** 2 + 0.5 * steps[None] ** 2
+    arrays = {"coordinates": steps}
+    for i in range(len(NAMES)):
+        arrays[f"{i}.loss"] = (0.2 + steepness * (3 - i) * bowl)[None]
+    results = {"data": DATA, "objective": "Cross-entropy, nats", "models": _models()}
+    return results, arrays
+
+
+def curvature() -> dict[str, Any]:
+    models = _models(residuals=[0.1] * 3, trace=None, trace_error=None)
+    for model, top in zip(models, (40.0, 25.0), strict=True):
+        model["eigenvalues"] = [top, top / 2, -1.0]
+    return {"data": DATA, "objective": "Cross-entropy, nats", "models": models}
+
+
+def test_dots_are_the_heads() -> None:
+    results, _ = attention()
+    with style.house():
+        figure = attention_figures.distances(results)
+    for axis in figure.axes:
+        drawn = np.concatenate([np.asarray(c.get_offsets())[:, 1] for c in axis.collections])
+        assert sorted(drawn) == sorted(
+            d for m in [results["models"][0]] for x in m["layers"] for d in x["distance"]
+        )
+    assert len({axis.get_ylim() for axis in figure.axes}) == 1
+
+
+def test_maps_share_a_scale() -> None:
+    results, arrays = attention()
+    with style.house():
+        figure = attention_figures.maps(results, arrays)
+    assert figure is not None
+    images = [axis.images[0] for axis in figure.axes if axis.images]
+    assert len(images) == 10
+    assert len({image.get_clim() for image in images}) == 1
+    np.testing.assert_allclose(images[0].get_array(), 49 * arrays["0.map.0"])
+
+
+@pytest.mark.parametrize(("steepness", "label"), [(1.0, "loss"), (100.0, "log10 of the loss")])
+def test_landscapes_share_a_scale(steepness: float, label: str) -> None:
+    results, arrays = landscape(steepness)
+    planes, said = landscape_figures.heights(results, arrays)
+    assert said == label
+    back = planes[1] if label == "loss" else 10 ** planes[1]
+    np.testing.assert_allclose(back, arrays["1.loss"][0])
+    with style.house():
+        figure = landscape_figures.surfaces(results, arrays)
+    assert len({axis.get_zlim() for axis in figure.axes}) == 1  # type: ignore[attr-defined]
+
+
+def test_bars_are_the_eigenvalues() -> None:
+    with style.house():
+        (axis,) = landscape_figures.eigenvalues(curvature()).axes
+    heights = [patch.get_height() for patch in axis.patches]  # type: ignore[attr-defined]
+    assert heights == [40, 20, -1, 25, 12.5, -1]
+
+
+def test_one_head_and_no_maps(tmp_path: Path) -> None:
+    results, _ = attention(depth=1, heads=1)
+    write_record(
+        tmp_path / "diagnose-attention.json", "diagnose-attention", config={}, results=results
+    )
+    page = Page(write_report(tmp_path))
+    assert "similarity unknown" in page.text or "teacher unknown" in page.text
+    assert len(page.all("figure")) == 2
+
+
+def write_all(folder: Path) -> Path:
+    """A folder with every diagnosis of these."""
+    for kind, (results, arrays) in {
+        "diagnose-attention": attention(),
+        "landscape": landscape(),
+        "curvature": (curvature(), {}),
+    }.items():
+        write_record(folder / f"{kind}.json", kind, config={}, results=results, arrays=arrays)
+    return folder
+
+
+def test_all_of_them_on_one_page(tmp_path: Path) -> None:
+    page = Page(write_report(write_all(tmp_path)))
+    for said in (
+        "Attention, head by head",
+        "Loss landscape",
+        "Curvature",
+        "64 images of photographs",
+        "At the last layer: teacher mean distance 60, student mean distance 60.",
+        "teacher largest 40, student largest 25.",
+    ):
+        assert said in page.text, said
+    assert len(page.all("figure")) == 6
