@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from featdistill.core.records import write_record
-from featdistill.report import attention_figures, landscape_figures, style
+from featdistill.report import attention_figures, landscape_figures, style, turnable
 from featdistill.report.page import write_report
 from tests.report.test_report_page import Page
 
@@ -126,6 +126,44 @@ def write_all(folder: Path) -> Path:
     return folder
 
 
+def test_without_plotly_there_is_no_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turnable, "available", lambda: False)
+    page = Page(write_report(write_all(tmp_path)))
+    assert not page.all("script")
+    assert "script-src" not in page.source
+    assert "The landscape as a surface" in page.text
+    assert len(page.source) < 2_000_000
+
+
+def test_with_plotly_it_is_in_the_page_once(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    write_all(tmp_path / "one")
+    write_all(tmp_path / "two")
+    for kind in ("diagnose-attention", "curvature"):
+        (tmp_path / "two" / f"{kind}.json").unlink()
+    file = write_report(tmp_path / "one", tmp_path / "two")
+    page = Page(file)
+    assert not any("src" in script for script in page.all("script"))
+    assert 4_000_000 < len(page.source) < 9_000_000
+    ids = [a["id"] for _, a in page.elements if (a.get("id") or "").startswith("turn-")]
+    assert ids == ["turn-0", "turn-1", "turn-2", "turn-3"]
+    assert (file.parent / "landscape-surface.pdf").is_file()
+    first = file.read_bytes()
+    assert write_report(tmp_path / "one", tmp_path / "two").read_bytes() == first
+
+
+def test_landscape_names_cannot_leave_their_place(tmp_path: Path) -> None:
+    results, arrays = landscape()
+    results["models"][0]["name"] = "</script><img src=x onerror=alert(1)>"
+    results["objective"] = "<b>loss</b>"
+    write_record(
+        tmp_path / "landscape.json", "landscape", config={}, results=results, arrays=arrays
+    )
+    page = Page(write_report(tmp_path))
+    assert not page.all("img")
+    assert not page.all("b")
+
+
 def test_all_of_them_on_one_page(tmp_path: Path) -> None:
     page = Page(write_report(write_all(tmp_path)))
     for said in (
@@ -137,4 +175,4 @@ def test_all_of_them_on_one_page(tmp_path: Path) -> None:
         "teacher largest 40, student largest 25.",
     ):
         assert said in page.text, said
-    assert len(page.all("figure")) == 6
+    assert len(page.all("figure")) == (7 if turnable.available() else 6)

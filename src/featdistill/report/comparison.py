@@ -216,12 +216,12 @@ class Making:
     results: Mapping[str, Any]
 
 
-_CURVES = {
+CURVES = {
     "distill": {"loss": "loss", "cosine": "cosine"},
     "pretrain": {"loss": "loss", "agreement": "agreement"},
 }
 # what a run measures besides, if it has images for it
-_SIGNAL = {
+SIGNAL = {
     "loss on held-out images": "holdout_loss",
     "variance of the target explained, held-out images": "holdout_explained_variance",
     "effective rank of the features": "student_rank",
@@ -233,12 +233,12 @@ def read_making(folder: Path, name: str) -> Making | None:
     """How `name` came to be, from `folder`/inputs; None where that was not kept."""
     source = folder / "inputs" / name
     metrics = read_metrics(source / "metrics.jsonl")
-    for kind, curves in _CURVES.items():
+    for kind, curves in CURVES.items():
         record = _record_or_none(source / f"{kind}.json", kind)
         found = {label: series(metrics, key) for label, key in curves.items()}
         found = {label: curve for label, curve in found.items() if len(curve.steps) > 1}
         if found and (record is not None or len(found) == len(curves)):
-            more = {label: series(metrics, key) for label, key in _SIGNAL.items()}
+            more = {label: series(metrics, key) for label, key in SIGNAL.items()}
             found |= {label: curve for label, curve in more.items() if len(curve.steps) > 1}
             results = record.get("results") if record else None
             return Making(name, kind, found, results if isinstance(results, dict) else {})

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from featdistill.core.errors import RunError
-from featdistill.report import attention_figures, feature_figures, landscape_figures
+from featdistill.report import attention_figures, feature_figures, landscape_figures, turnable
 from featdistill.report.folders import Found
 from featdistill.report.gallery import Gallery, Section
 
@@ -143,18 +143,25 @@ def _landscape(gallery: Gallery, found: Found) -> Iterator[Section]:
         "filter's norm (so steps have no unit), the same raw directions and one scale for all "
         "models; the first plane."
     )
-    drawn = (
-        (landscape_figures.surfaces, "landscape-surface", "The landscape as a surface"),
-        (landscape_figures.contours, "landscape-contours", "The landscape from above"),
-    )
+    surfaces = landscape_figures.surfaces(results, arrays)
+    told = f"Landscapes of {names}."
+    if turnable.available():
+        gallery.keep(surfaces, "landscape-surface")
+        shown = [
+            gallery.add_scripted(drawing, "turnable", f"{name}: turn it", caption)
+            for name, drawing in turnable.surfaces(results, arrays, before=gallery.scripted)
+        ]
+    else:
+        title = "The landscape as a surface"
+        shown = [gallery.add(surfaces, "landscape-surface", title, caption, told)]
+    above = landscape_figures.contours(results, arrays)
+    title = "The landscape from above"
+    shown.append(gallery.add(above, "landscape-contours", title, caption, told))
     yield Section(
         "Loss landscape",
         "The wider and flatter the valley around the middle, the less a change of the weights "
         "hurts.",
-        tuple(
-            gallery.add(draw(results, arrays), name, title, caption, f"Landscapes of {names}.")
-            for draw, name, title in drawn
-        ),
+        tuple(shown),
     )
 
 

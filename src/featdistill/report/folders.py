@@ -13,15 +13,11 @@ import numpy as np
 from featdistill.core.errors import ConfigError, RunError
 from featdistill.core.records import read_record
 from featdistill.engine.rundir import read_metrics
-from featdistill.report.comparison import Series, series
+from featdistill.report.comparison import CURVES, SIGNAL, Series, series
 
 _RUNS = ("pretrain", "distill", "finetune")
-# of each kind of run: label -> key in metrics.jsonl
-_CURVES = {
-    "pretrain": {"loss": "loss", "agreement": "agreement"},
-    "distill": {"loss": "loss", "cosine": "cosine"},
-    "finetune": {"loss": "loss", "top-1 on held-out images": "val_top1"},
-}
+# label -> key in metrics.jsonl
+_CURVES = {**CURVES, "finetune": {"loss": "loss", "top-1 on held-out images": "val_top1"}}
 DIAGNOSES = ("diagnose-attention", "diagnose-features", "landscape", "curvature")
 
 
@@ -66,7 +62,8 @@ class Found:
     def curves(self) -> dict[str, Series]:
         """What a run logged, by label; those with two points or more."""
         metrics = read_metrics(self.file.parent / "metrics.jsonl")
-        found = {k: series(metrics, v) for k, v in _CURVES.get(self.kind, {}).items()}
+        keys = _CURVES.get(self.kind, {}) | (SIGNAL if self.kind == "distill" else {})
+        found = {label: series(metrics, key) for label, key in keys.items()}
         return {label: one for label, one in found.items() if len(one.steps) > 1}
 
 

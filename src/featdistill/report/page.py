@@ -212,7 +212,9 @@ def _render(
     return template.render(
         **_words(compared),
         verdict=compared.found.verdict if compared else runs.verdict(material),
-        subject=compared.found.data.name if compared else ", ".join(r.name for r in records),
+        subject=compared.found.data.name
+        if compared
+        else ", ".join(dict.fromkeys(r.name for r in records)),
         css=css,
         created=str(records[0].record.get("created") or "")[:10],
         role=style.role,
@@ -224,6 +226,7 @@ def _render(
         run_lines=runs.table(material),
         training=training,
         diagnoses=diagnoses,
+        scripted=any(figure.scripted for s in diagnoses for figure in s.figures),
         accounts=_accounts(material, compared),
         files=list(dict.fromkeys(one.file.name for one in records)),
     )

@@ -31,7 +31,7 @@ _CAPTIONS = {
     "pretrain": "Contrastive loss (nats), and the share of views whose own partner is the nearest, "
     "on training views; no labels.",
     "distill": "Loss against the teacher's features (no unit), and the cosine of prediction and "
-    "target, on training views; no labels.",
+    "target, on training views; where it was measured, the same on held-out images.",
     "finetune": "Cross-entropy on training views (nats), and the share of held-out images that are "
     "classified rightly.",
 }
