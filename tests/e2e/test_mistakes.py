@@ -175,6 +175,12 @@ def test_label_budget_without_a_label(
     fails(capsys, *words, *out, "--labels", "3", says=("fewer: ant (2), bee (2)",))
 
 
+def test_an_average_that_is_none(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    words = ["finetune", "--model", "timm/resnet18", "--weights", "random", *DIGITS, *out]
+    fails(capsys, *words, "--ema", "1", says=("--ema", "given '1'", "less than 1"))
+    fails(capsys, *words, "--emma", "0.9", says=("did you mean 'ema'",))
+
+
 def test_a_head_that_is_not_there(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
     words = ["finetune", "--model", "timm/vit_tiny_patch16_224", "--weights", "random", *DIGITS]
     fails(capsys, *words, *out, "--head", "keep", says=("not the data's 10", "--head fresh"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 
 from featdistill.core.errors import RunError
 from featdistill.engine.average import WeightAverage
+from featdistill.engine.loop import _Loop
+from featdistill.engine.meter import Meter
+from featdistill.engine.optimizer import adamw, parameter_groups, set_rates
+from featdistill.engine.schedule import Schedule
 
 TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -78,6 +83,27 @@ def test_applied_and_back_to_the_bit() -> None:
         inside()
     assert all(torch.equal(module.state_dict()[k], v) for k, v in own.items())
     assert [p.data_ptr() for p in module.parameters()] == places, "the optimiser knows them"
+
+
+def test_the_loop_does_not_average_a_step_that_was_not_taken() -> None:
+    """Step 3 of 4 has no gradient: the average is that of the three others."""
+    module = nn.Linear(1, 1)
+    optimizer = adamw(parameter_groups([("", module)], weight_decay=0.0), betas=(0.9, 0.999))
+    average = WeightAverage(module, decay=0.9)
+    average.start()
+    for step, good in enumerate([True, True, False, True]):
+        set_rates(optimizer, Schedule(4, 0, 0.1, 0.1, 0.1), step)
+        loss = module(torch.ones(1, 1)).sum() * (1.0 if good else float("nan"))
+        loss.backward()
+        loop = SimpleNamespace(
+            optimizer=optimizer, stepper=optimizer, plan=SimpleNamespace(clip=None)
+        )
+        before = {k: v.clone() for k, v in average.state_dict().items()}
+        bad = _Loop._descend(loop, Meter(torch.device("cpu")))
+        average.update(step, bad)
+        same = all(torch.equal(v, before[k]) for k, v in average.state_dict().items())
+        assert same is not good
+        assert all(v.isfinite().all() for v in average.state_dict().values())
 
 
 def test_averages_of_another_model() -> None:

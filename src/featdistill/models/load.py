@@ -325,6 +325,11 @@ def find_export(folder: Path) -> Path:
     for candidate in (folder / "export", folder):
         if any((candidate / name).is_file() for name in _CONFIGS):
             return candidate
+    if (folder / "finetune.json").is_file():
+        raise RunError(
+            f"the run in '{folder}' has no export: its model cannot be built by plain timm",
+            fix="fine-tune a model of timm's, or use the weights in its checkpoints yourself",
+        )
     if (folder / "config.yaml").is_file():
         raise RunError(
             f"the run in '{folder}' has no export yet",
