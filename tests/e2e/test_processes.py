@@ -33,17 +33,21 @@ def featdistill(*words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def losses(out: Path, *more: str) -> list[float]:
+def rows(out: Path, *more: str) -> list[dict[str, float]]:
     featdistill("distill", *WORDS, "--out", str(out), *more)
-    rows = (out / "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, rows) if "loss" in row]
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_processes_and_micro_batches_change_only_rounding(tmp_path: Path) -> None:
-    one = losses(tmp_path / "one")
-    assert len(one) == 4
-    two = losses(tmp_path / "two", "--run.devices", "2", "--run.micro_batches", "2")
-    assert two == pytest.approx(one, rel=1e-4)
+    """With a held-out slice that two processes cannot share evenly."""
+    held = ("--holdout", "61")
+    one = rows(tmp_path / "one", *held)
+    two = rows(tmp_path / "two", *held, "--run.devices", "2", "--run.micro_batches", "2")
+    names = ("loss", "holdout_loss", "holdout_explained_variance", "student_rank", "teacher_rank")
+    for name, times in zip(names, (4, 5, 5, 5, 5), strict=True):
+        alone, together = ([row[name] for row in run if name in row] for run in (one, two))
+        assert len(alone) == times
+        assert together == pytest.approx(alone, rel=1e-4), name
 
 
 def test_two_processes_score_every_image_once(tmp_path: Path) -> None:

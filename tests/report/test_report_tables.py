@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from featdistill.report.comparison import parse_results, series
+from featdistill.report.comparison import parse_results, read_making, series
 from featdistill.report.figures import spread_apart
 from featdistill.report.tables import (
     NOTHING,
@@ -112,3 +112,23 @@ def _printed(folder: Path) -> dict[str, list[str]]:
     Console(file=out, width=120).print(comparison_table(_results(folder)))
     rows = [line.strip("│").split("│") for line in out.getvalue().splitlines() if "│" in line]
     return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
+
+
+def test_a_distillations_curves_hold_what_was_measured_on_held_out_images(
+    make_comparison: Make,
+) -> None:
+    folder = make_comparison()
+    made = read_making(folder, "student")
+    assert made is not None
+    assert list(made.curves) == ["loss", "cosine"]  # a run without a held-out slice
+    with (folder / "inputs/student/metrics.jsonl").open("a") as file:
+        for step in (0, 700):
+            row = {"step": step, "holdout_loss": 0.5, "student_rank": 3.0 + step}
+            file.write(json.dumps(row) + "\n")
+        file.write(json.dumps({"step": 700, "knn_top1": 0.5}) + "\n")
+    made = read_making(folder, "student")
+    assert made is not None
+    added = {label: one for label, one in made.curves.items() if "held-out" in label}
+    assert list(made.curves) == ["loss", "cosine", *added]  # and no curve of a single point
+    assert [one.steps for one in added.values()] == [(0, 700)] * 2
+    assert [one.values for one in added.values()] == [(0.5, 0.5), (3.0, 703.0)]

@@ -68,7 +68,7 @@ def hold_out(data: Data, wanted: str | None, *, seed: int, most: int) -> HeldOut
         return HeldOut(data.train, _some(data.held_out, most, seed), part)
     count = _count(wanted, len(data.train))
     if count is None:
-        other = open_data(wanted)
+        other = _other(wanted)
         source = other.train if other.held_out is None else other.held_out
         return HeldOut(data.train, _some(source, most, seed), "other")
     if count == 0:
@@ -105,6 +105,17 @@ def _count(wanted: str, images: int) -> int | None:
             ]
         )
     return max(1, round(share * images)) if share else 0
+
+
+def _other(wanted: str) -> Data:
+    try:
+        return open_data(wanted)
+    except DataError as error:
+        raise DataError(
+            f"--holdout is no number, and as a data set: {error.given}",
+            expected="a share (0.02), a number of images, a data set, auto or none",
+            fix=error.fix,
+        ) from None
 
 
 def _choice(images: int, count: int, seed: int) -> np.ndarray:

@@ -224,7 +224,7 @@ CURVES = {
 SIGNAL = {
     "loss on held-out images": "holdout_loss",
     "variance of the target explained, held-out images": "holdout_explained_variance",
-    "effective rank of the features": "student_rank",
+    "effective rank of the features, held-out images": "student_rank",
     "nearest neighbours, top-1 as a share": "knn_top1",
 }
 
