@@ -232,3 +232,15 @@ def test_a_head_that_cannot_be_kept() -> None:
     says = r"3 classes, which are not the data's 2 \(in one only: cat, dog, owl\); use --head fresh"
     with pytest.raises(ModelError, match=says):
         build_classifier(first, class_names=("hen", "owl"), head="keep")
+
+
+@pytest.mark.parametrize("make", VITS + MAPS + GENERIC, ids=VIT_NAMES + MAP_NAMES + GENERIC_NAMES)
+def test_normalisation_is_the_backbones(make: Callable[[], Backbone]) -> None:
+    """Training and scoring both go through the classifier: its mean and std are the only ones."""
+    backbone = make()
+    backbone.mean.copy_(torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1))
+    backbone.std.copy_(torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1))
+    made = classifier(backbone)
+    assert made.rgb == backbone.rgb
+    if made.build is not None:
+        assert classifier(made, head="keep").rgb == backbone.rgb
