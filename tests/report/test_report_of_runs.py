@@ -155,6 +155,20 @@ def test_the_same_record_gives_the_same_page(tmp_path: Path) -> None:
     assert write_report(folder).read_bytes() == first
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("teacher", "teacher"),
+        ("runs/a", "runs/a"),
+        ("timm/vit_tiny", "vit_tiny"),
+        ("timm/swin_base_patch4", "swin_base…"),
+        ("a/very/long/one/", "one"),
+    ],
+)
+def test_names_that_fit(name: str, expected: str) -> None:
+    assert feature_figures.short(name, 10) == expected
+
+
 def test_curves_show_the_record() -> None:
     models = [{"name": "m", "layers": [_layer(i) for i in range(3)]}]
     with style.house():

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from featdistill.report import plotstyle, style
-from featdistill.report.feature_figures import by_depth, depths, draw_line, names, number, short
+from featdistill.report.feature_figures import (
+    NARROW,
+    by_depth,
+    depths,
+    draw_line,
+    names,
+    number,
+    short,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,6 +117,6 @@ def maps(results: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Figure
         for axis, (j, values) in zip(line, row, strict=False):
             image = plotstyle.picture(axis, values, scale=(0, top), cmap=style.SEQUENTIAL)
             plotstyle.title(axis, f"layer {j + 1}")
-        line[0].set_ylabel(short(name))
+        line[0].set_ylabel(short(name, NARROW))
     plotstyle.colour_bar(figure, image, axes, "attention / uniform")
     return figure

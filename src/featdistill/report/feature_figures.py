@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Results = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
+NARROW = 11  # letters beside a picture
 _PICTURES = 4  # a column's width has room for four
 
 
@@ -66,7 +67,7 @@ def cka(results: Results, arrays: Arrays) -> Figure:
         axis.axhline(end - 0.5, color=style.LIGHT["paper"], linewidth=1.6)
         axis.axvline(end - 0.5, color=style.LIGHT["paper"], linewidth=1.6)
     middles = [(a + b - 1) / 2 for a, b in pairwise(ends)]
-    labels = [short(name) for name in names(results)]
+    labels = [short(name, NARROW) for name in names(results)]
     axis.set_xticks(middles, labels)
     axis.set_yticks(middles, labels, rotation=90, va="center")
     axis.tick_params(length=0)
@@ -129,7 +130,7 @@ def pictures(results: Results, arrays: Arrays) -> Figure | None:
         return None
     first = arrays[f"{found[0]}.photographs"][:_PICTURES]
     rows = [first, *(arrays[f"{i}.pictures"][:_PICTURES] for i in found)]
-    labels = ["image", *(short(names(results)[i]) for i in found)]
+    labels = ["image", *(short(names(results)[i], NARROW) for i in found)]
     height = 0.15 + len(rows) * style.WIDTH / (_PICTURES + 0.25)
     figure, axes = plotstyle.panels(
         len(rows), len(first), height=height, share_x=False, share_y=False
@@ -190,6 +191,8 @@ def number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def short(name: str, most: int = 22) -> str:
-    """The end of a name, which is what differs between paths."""
-    return name if len(name) <= most else f"…{name[-most + 1 :]}"
+def short(name: str, most: int = 26) -> str:
+    """A name of at most so many letters: of a longer path its last part, cut at the end."""
+    if len(name) > most:
+        name = name.rstrip("/").rpartition("/")[2]
+    return name if len(name) <= most else f"{name[: most - 1]}…"
