@@ -118,7 +118,7 @@ def classification(
     classes: tuple[str, ...],
     runtime: Runtime,
 ) -> Classification:
-    """The objective of a fine-tuning, with its fresh classifier; mistakes come out here."""
+    """The objective of a fine-tuning, with its classifier; mistakes come out here."""
     classifier = build_classifier(
         backbone,
         class_names=classes,
@@ -148,6 +148,40 @@ def classification(
     return objective
 
 
+@dataclass
+class _Judge:
+    """Scores a classifier, and its averaged weights if there are any; keeps the latest scores."""
+
+    classifier: Backbone
+    config: FinetuneConfig | CompareConfig
+    held: Source
+    runtime: Runtime
+    average: WeightAverage | None
+    scores: Scores | None = None
+    average_scores: Scores | None = None
+
+    def __call__(self) -> dict[str, float]:
+        """The scores to log."""
+        self.scores = latest = self._score()
+        values = {"val_top1": latest.top1, "val_top5": latest.top5, "val_loss": latest.loss}
+        if self.average is None:
+            return values
+        with self.average.applied():
+            self.average_scores = latest = self._score()
+        return values | {"val_top1_ema": latest.top1, "val_loss_ema": latest.loss}
+
+    def _score(self) -> Scores:
+        return score(
+            self.classifier,
+            self.held,
+            batch_size=max(1, min(1024, 2 * self.config.data.batch_size)),
+            crop=self.config.view.eval_crop,
+            workers=self.config.data.workers,
+            share=self.runtime.share,
+            gather=self.runtime.gather,
+        )
+
+
 def tune(
     objective: Classification,
     config: FinetuneConfig | CompareConfig,
@@ -170,30 +204,9 @@ def tune(
     )
     plan = plan_of(config, train, finetune_view(config, classifier), schedule, title=title)
 
-    def scores() -> Scores:
-        return score(
-            classifier,
-            held,
-            batch_size=max(1, min(1024, 2 * config.data.batch_size)),
-            crop=config.view.eval_crop,
-            workers=config.data.workers,
-            share=runtime.share,
-            gather=runtime.gather,
-        )
-
     ema = config.ema if isinstance(config, FinetuneConfig) else None
     average = None if ema is None else WeightAverage(classifier.model, decay=ema)
-    found: dict[str, Scores] = {}
-
-    def evaluate() -> dict[str, float]:
-        found["last"] = latest = scores()
-        values = {"val_top1": latest.top1, "val_top5": latest.top5, "val_loss": latest.loss}
-        if average is None:
-            return values
-        with average.applied():
-            found["average"] = latest = scores()
-        return values | {"val_top1_ema": latest.top1, "val_loss_ema": latest.loss}
-
+    judge = _Judge(classifier, config, held, runtime, average)
     result = fit(
         objective,
         adamw(groups, betas=config.optimizer.betas),
@@ -201,14 +214,14 @@ def tune(
         runtime=runtime,
         folder=folder,
         resume=config.run.resume,
-        evaluate=evaluate,
+        evaluate=judge,
         average=average,
     )
     if not result.finished:
         return Tuned(classifier, result, None)
-    if not found:  # resumed at its end
-        evaluate()
-    return Tuned(classifier, result, found["last"], average, found.get("average"))
+    if judge.scores is None:  # resumed at its end
+        judge()
+    return Tuned(classifier, result, judge.scores, average, judge.average_scores)
 
 
 def finetune_view(config: FinetuneConfig | CompareConfig, backbone: Backbone) -> FinetuneView:
