@@ -18,7 +18,7 @@ SUMMARIES = (
     ("knn", "classify by nearest neighbours in frozen features"),
     ("predict", "classify images with a fine-tuned model"),
     ("features", "write the features of images to safetensors or parquet"),
-    ("diagnose", "look inside models: what their features are like, layer by layer"),
+    ("diagnose", "look inside models: what heads attend to, what features are like, by layer"),
     ("pretrain", "make a contrastive teacher from your own images (SimCLR)"),
     (
         "export",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featdistill.models.export import Exported
     from featdistill.tasks.check import CheckResult
     from featdistill.tasks.compare import CompareResult
+    from featdistill.tasks.diagnose_attention import AttentionDiagnosis
     from featdistill.tasks.diagnose_features import FeaturesDiagnosis
     from featdistill.tasks.distill import DistillResult
     from featdistill.tasks.features import FeaturesResult
@@ -81,8 +82,11 @@ def features(**options: Any) -> FeaturesResult:
     return _call("features", options)
 
 
-def diagnose(kind: str, **options: Any) -> FeaturesDiagnosis:
-    """Look inside models: `kind` is features; wants `model` (one or a list), `data` and `out`."""
+def diagnose(kind: str, **options: Any) -> AttentionDiagnosis | FeaturesDiagnosis:
+    """Look inside models: `kind` is attention or features.
+
+    Wants `model` (one or a list), `data` and `out`.
+    """
     for name in ("model", "name", "weights"):
         given = options.get(name)
         if given is not None:

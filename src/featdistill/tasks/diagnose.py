@@ -21,7 +21,7 @@ from featdistill.models.backbone import Backbone
 from featdistill.models.weights import tensors_hash
 from featdistill.tasks.common import images_of, model_of, refuse_labels
 
-_HOMES = {"features": "diagnose_features"}
+_HOMES = {"attention": "diagnose_attention", "features": "diagnose_features"}
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,20 @@ class DiagnoseFeaturesConfig(Section):
     )
 
 
+class DiagnoseAttentionConfig(Section):
+    """How `diagnose attention` says what it measures."""
+
+    unit: Literal["pixels", "patches", "relative"] = Field(
+        "pixels",
+        description="of attention distances: pixels, patches, or relative to uniform attention "
+        "(which alone compares windows with whole maps)",
+    )
+
+
 class DiagnoseConfig(Command):
     """Look inside models, side by side, on the same images."""
 
-    summary = "look inside models: what their features are like, layer by layer"
+    summary = "look inside models: what heads attend to, what features are like, by layer"
     example = (
         "featdistill diagnose features --model runs/teacher --model runs/student "
         "--data IMAGES --out diagnosed"
@@ -52,12 +62,15 @@ class DiagnoseConfig(Command):
         "image-size": "view.image_size",
         "batch-size": "data.batch_size",
         "workers": "data.workers",
+        "unit": "attention.unit",
         "pictures": "features.pictures",
         "foreground": "features.foreground",
     }
     positional = "kind"
 
-    kind: Literal["features"] = Field(description="what to look at: features")
+    kind: Literal["attention", "features"] = Field(
+        description="what to look at: attention or features"
+    )
     models: tuple[str, ...] = Field(min_length=1, description="models to look at; may be repeated")
     names: tuple[str, ...] = Field(
         (), description="what to call them, once for each model; teacher and student keep a colour"
@@ -73,5 +86,6 @@ class DiagnoseConfig(Command):
         1000, description="images to look at, evenly spread over the data; all, if there are fewer"
     )
     view: EvalViewConfig = EvalViewConfig()
+    attention: DiagnoseAttentionConfig = DiagnoseAttentionConfig()
     features: DiagnoseFeaturesConfig = DiagnoseFeaturesConfig()
     run: DiagnoseRunConfig
