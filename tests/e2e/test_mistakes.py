@@ -198,3 +198,26 @@ def test_cuda_where_there_is_none(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words = ["distill", *TEACHER, *DIGITS, *out, "--device", "cuda"]
     fails(capsys, *words, says=("torch sees none",))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("diagnose", "feature", "--model", "x", "--data", "digits"), ("kind", "features")),
+        (("diagnose", "features", "--data", "digits"), ("--model",)),
+        (
+            ("diagnose", "features", "--model", "nowhere/at/all", "--data", "digits"),
+            ("nowhere/at/all",),
+        ),
+        (("report", "nowhere"), ("no folder 'nowhere'",)),
+        (("report",), ("--run",)),
+    ],
+)
+def test_diagnose_and_report(
+    words: tuple[str, ...],
+    says: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+) -> None:
+    fails(capsys, *words, *out, says=says)
+    assert not Path(out[1]).exists()

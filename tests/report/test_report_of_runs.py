@@ -137,6 +137,13 @@ def test_a_comparison_with_its_diagnosis(make_comparison: Make, tmp_path: Path) 
     assert order == sorted(order)
 
 
+def test_a_model_of_the_comparison_is_drawn_once(make_comparison: Make) -> None:
+    folder = make_comparison()
+    alone = Page(write_report(folder)).all("figure")
+    with_run = Page(write_report(folder, folder / "inputs/student")).all("figure")
+    assert len(with_run) == len(alone)
+
+
 @pytest.mark.parametrize("names", [("x",), ("a", "b", "c", "d", "e", "f", "g")])
 def test_any_number_of_models(names: tuple[str, ...], tmp_path: Path) -> None:
     assert write_report(diagnosed(tmp_path / "d", names)).is_file()

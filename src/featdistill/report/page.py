@@ -54,7 +54,7 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
     """
     material = gather(folders)
     out = folders[0] / "report" if out is None else out
-    compared = None if material.comparison is None else _compared(material.comparison)
+    compared = None if material.comparison is None else _compared(material.comparison, material)
     try:
         out.mkdir(parents=True, exist_ok=True)
         gallery = Gallery(out)
@@ -79,11 +79,13 @@ class Compared:
     made: tuple[Making, ...]
 
 
-def _compared(one: Found) -> Compared:
+def _compared(one: Found, material: Material) -> Compared:
     folder, found = one.file.parent, parse_results(one.results)
     made = (read_making(folder, name) for name in ("teacher", "student"))
     curves = {row.name: _curves(folder, row) for row in found.rows}
-    return Compared(found, curves, tuple(m for m in made if m))
+    # the run itself may be given as well, and is then drawn by its own name
+    given = [(run.kind, run.results) for run in material.runs]
+    return Compared(found, curves, tuple(m for m in made if m and (m.kind, m.results) not in given))
 
 
 def _curves(folder: Path, row: Row) -> list[Series]:
