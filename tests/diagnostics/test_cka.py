@@ -116,6 +116,13 @@ def test_blocks_are_averaged_before_the_ratio() -> None:
     torch.testing.assert_close(_cka(x, y, block=16)[0, 1], expected)
 
 
+def test_an_incomplete_block_counts_by_its_images() -> None:
+    x, y = _random(24, 6), _random(24, 6, seed=1)
+    hsic = (16 * unbiased_hsic([x[:16], y[:16]]) + 8 * unbiased_hsic([x[16:], y[16:]])) / 24
+    expected = hsic[0, 1] / (hsic[0, 0] * hsic[1, 1]).sqrt()
+    torch.testing.assert_close(_cka(x, y, block=16)[0, 1], expected)
+
+
 def test_what_does_not_vary_has_no_cka() -> None:
     found = _cka(_random(16, 3), torch.full((16, 3), 0.1))
     assert found.isnan().tolist() == [[False, True], [True, True]]
