@@ -188,6 +188,30 @@ def test_a_head_that_is_not_there(capsys: pytest.CaptureFixture[str], out: list[
     assert not Path(out[1]).exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--best", "holdout_los"), ("did you mean 'holdout_loss'",)),
+        (("--best", "holdout_loss"), ("test images", "--holdout 0.02")),
+        (("--best", "knn_top1"), ("--knn-data",)),
+        (("--holdout", "0,1"), ("no number", "a share (0.02)")),
+        (("--holdout", "1198"), ("takes 1,198 of the 1,198",)),
+        (("--holdout", "1196"), ("batch of 4 is larger than the 2",)),
+        (("--knn-data", "digit"), ("did you mean 'digits'",)),
+        (("--signal.rank_alarm", "2"), ("expected less than 1",)),
+    ],
+    ids=str,
+)
+def test_what_to_measure_while_distilling(
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    words: tuple[str, ...],
+    says: tuple[str, ...],
+) -> None:
+    fails(capsys, "distill", *TEACHER, *STUDENT, *DIGITS, *out, *words, says=says)
+    assert not Path(out[1]).exists()
+
+
 def test_resume_of_nothing(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
     fails(capsys, "distill", *TEACHER, *DIGITS, *out, "--resume", says=("no run to resume",))
 

@@ -69,8 +69,8 @@ def test_a_resumed_run_has_the_value_to_beat(tmp_path: Path) -> None:
 
 def test_another_score_begins_anew(tmp_path: Path) -> None:
     offer(best(tmp_path), 5, 0.8)
-    assert offer(best(tmp_path, "min", resume=True, metric="other"), 6, 0.1)
-    assert kept(tmp_path) == (6, -0.1)
+    assert offer(best(tmp_path, "min", resume=True, metric="other"), 6, -0.9)
+    assert kept(tmp_path) == (6, 0.9)
 
 
 @pytest.mark.parametrize("killed_in", ["save_file", "write_json"])

@@ -126,6 +126,10 @@ def test_unreadable_images_are_left_out() -> None:
     assert (found.images, found.unreadable) == (IMAGES - 1, 1)
     p, t = both(made, source(), [i for i in range(IMAGES) if i != 4])
     assert found.loss == pytest.approx(float(made.compare(p, t).total), rel=1e-5)
+    readable = torch.cat([source().images[:4], source().images[5:]])
+    expected = measure(made, images=ArraySource("readable", readable))
+    for name in ("cosine", "explained_variance", "student_rank", "teacher_rank"):
+        assert vars(found)[name] == pytest.approx(vars(expected)[name], rel=1e-4), name
 
 
 def test_nothing_to_measure() -> None:
@@ -154,6 +158,23 @@ def test_measuring_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     after = dict([*made.named_buffers(), *made.named_parameters()])
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_a_teacher_with_drop_path_is_measured_without() -> None:
+    made = FeatureDistillation(teacher=teacher(drop_path=0.9), student=student())
+    still = measure(made)
+    made.teacher.slot.always = True
+    assert measure(made) == still
+
+
+def test_draws_while_measuring_move_no_generator() -> None:
+    made = objective()
+    drawn: list[Tensor] = []
+    made.projector.register_forward_hook(lambda *_: drawn.append(torch.rand(3)))
+    state = torch.get_rng_state()
+    measure(made)
+    assert drawn
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_fault_while_measuring_leaves_no_trace_either() -> None:
