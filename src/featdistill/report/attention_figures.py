@@ -44,7 +44,7 @@ def distances(results: Mapping[str, Any]) -> Figure:
     figure, axes = plotstyle.panels(len(models), 1, height=0.4 + 1.9 * len(models))
     looks = plotstyle.looks(names(results))
     every = [layer["distance"] for model in models for layer in model["layers"]]
-    low, high = plotstyle.limits(every, floor=0.0)
+    high = plotstyle.limits(every, margin=0)[1]
     for axis, model in zip(axes[:, 0], models, strict=True):
         look, layers = looks[model["name"]], model["layers"]
         places = depths(layers)
@@ -61,7 +61,7 @@ def distances(results: Mapping[str, Any]) -> Figure:
             )
         means = [float(np.mean([number(d) for d in layer["distance"]])) for layer in layers]
         axis.plot(places, means, color=style.LIGHT["ink"], linewidth=0.9)
-        axis.set_ylim(min(low, 0.0), high)
+        axis.set_ylim(0, 1.08 * high)
         plotstyle.title(
             axis, f"{short(model['name'])}: attention distance, {UNITS[results['unit']]}"
         )
