@@ -39,6 +39,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "report": {"run": ["a"]},
     "models": {},
     "recipes": {},
+    "bench": {"what": "diagnose"},
 }
 
 

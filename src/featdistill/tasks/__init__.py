@@ -22,6 +22,7 @@ _HOMES = {
     "report": "report",
     "models": "models",
     "recipes": "recipes",
+    "bench": "bench",
 }
 
 

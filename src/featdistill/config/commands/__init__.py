@@ -28,6 +28,7 @@ from featdistill.config.commands.training import (
     PretrainConfig,
 )
 from featdistill.config.commands.utilities import (
+    BenchConfig,
     ExportConfig,
     ModelsConfig,
     QuickstartConfig,
@@ -50,10 +51,12 @@ COMMANDS: dict[str, type[Command]] = {
     "report": ReportConfig,
     "models": ModelsConfig,
     "recipes": RecipesConfig,
+    "bench": BenchConfig,
 }
 
 __all__ = [
     "COMMANDS",
+    "BenchConfig",
     "CheckConfig",
     "CheckRunConfig",
     "Command",
