@@ -117,6 +117,16 @@ def test_disk_is_what_a_run_writes(teacher: Path, tmp_path: Path) -> None:
     assert cost.free is None  # a check writes nothing
 
 
+def test_the_best_student_takes_room_too(teacher: Path, tmp_path: Path) -> None:
+    """Its state, that of the one before it while it is written, and its export."""
+    options = {"holdout": "0.1", "best": "holdout_loss"}
+    out = distill(teacher, tmp_path / "run", **options).out
+    [state] = (out / "checkpoints/best").rglob("model.safetensors")
+    [export] = (out / "best/export").glob("*.safetensors")
+    more = preflight(*assembled(teacher, **options)).disk - preflight(*assembled(teacher)).disk
+    assert more == pytest.approx(2 * state.stat().st_size + export.stat().st_size, rel=0.1)
+
+
 def test_times_are_split(teacher: Path) -> None:
     config, assembly = assembled(teacher)
     cost = preflight(config, assembly)

@@ -330,6 +330,8 @@ def _disk(config: DistillConfig, assembly: Assembly) -> tuple[int, int | None]:
     kept = min(run.checkpoint_keep + 1, written)
     student = sum(p.numel() * p.element_size() for p in objective.student.parameters())
     need = kept * (state + 2 * trained) + student
+    if assembly.best is not None:
+        need += 2 * state + student  # the new best beside the old, and its export
     if not run.out or not assembly.runtime.first:
         return need, None
     folder = Path(run.out).expanduser().absolute()
