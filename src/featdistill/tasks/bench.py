@@ -28,7 +28,7 @@ class BenchResult:
     Attributes:
         plain: seconds of a forward pass that nobody watches.
         streamed, naive: as multiples of it; naive keeps all maps, and reduces them afterwards.
-        streamed_bytes, naive_bytes: by how much each raised the peak of memory.
+        streamed_bytes, naive_bytes: by how much each raises the peak of memory above the forward pass's.
     """
 
     plain: float
@@ -72,8 +72,11 @@ def run(config: BenchConfig) -> BenchResult:
     images = torch.rand(config.batch_size, 3, *backbone.image_size, device=device)
     trial = _Trial(backbone, images)
     trial.plain()  # memory that every way needs is not counted
-    streamed_bytes = _grows(trial.streamed, device)
-    naive_bytes = _grows(trial.naive, device)
+    before = _peak(device)
+    trial.streamed()
+    streamed_bytes = _peak(device) - before
+    trial.naive()  # needs more than the other, so that its peak is seen after it
+    naive_bytes = _peak(device) - before
     rounds = [
         [_seconds(f, device) for f in (trial.plain, trial.streamed, trial.naive)]
         for _ in range(config.rounds)
@@ -103,13 +106,8 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _grows(work: Callable[[], None], device: torch.device) -> int:
-    """By how many bytes the work raises the peak: on a CPU, beyond all that was before it."""
+def _peak(device: torch.device) -> int:
+    """Bytes of the most memory that was ever in use, of the device or of this process."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.max_memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kilobytes) * 1024
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
