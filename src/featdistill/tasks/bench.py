@@ -28,7 +28,8 @@ class BenchResult:
     Attributes:
         plain: seconds of a forward pass that nobody watches.
         streamed, naive: as multiples of it; naive keeps all maps, and reduces them afterwards.
-        streamed_bytes, naive_bytes: by how much each raises the peak of memory above the forward pass's.
+        streamed_bytes, naive_bytes: by how much each raises the peak of memory above the forward
+            pass's.
     """
 
     plain: float

@@ -166,13 +166,13 @@ def _say_end(config: DiagnoseConfig, models: list[dict[str, Any]]) -> None:
     for model in models:
         say(f"\n{model['name']}: means over heads")
         say(
-            f"  {'layer':<32} {unit:>9}  relative  entropy    nmi  similarity  column R2  "
+            f"  {'layer':<32} {unit:>9}  of uniform  entropy    nmi  similarity  column R2  "
             "relative R2"
         )
         for layer in model["layers"]:
             cells = (
                 f"{np.mean(layer['distance']):9.2f}",
-                f"{np.mean(layer['distance_relative']):8.3f}",
+                f"{np.mean(layer['distance_relative']):10.3f}",
                 f"{np.mean(layer['entropy']):7.2f}",
                 f"{np.mean(layer['nmi']):5.3f}",
                 _cell(layer["similarity"], 10),
