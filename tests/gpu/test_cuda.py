@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import featdistill
+from featdistill.diagnostics.capture import capture_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,3 +50,76 @@ def test_bf16_is_near_float32(tmp_path: Path) -> None:
         options = {**OPTIONS, "device": "cuda", "precision": precision}
         featdistill.distill(out=tmp_path / precision, run=run, **options)
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "float32"), rel=0.05)
+
+
+FAMILIES = {
+    "vit_tiny_patch16_224": 64,
+    "beitv2_base_patch16_224": 64,
+    "swinv2_tiny_window8_256": 64,
+    "convnext_tiny": 64,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_those_of_the_cpu(name: str) -> None:
+    backbone = featdistill.load_backbone(
+        f"timm/{name}", weights="random", image_size=FAMILIES[name]
+    ).eval()
+    images = torch.rand(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        here = backbone(images)
+        there = backbone.cuda()(images.cuda())
+    for one, other in ((here.map, there.map), (here.prefix, there.prefix)):
+        torch.testing.assert_close(other.cpu(), one, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beitv2_base_patch16_224"])
+def test_attention_under_fused_kernels_is_that_of_the_cpu(name: str) -> None:
+    backbone = featdistill.load_backbone(f"timm/{name}", weights="random", image_size=64).eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def seen(device: str) -> list[torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        backbone.to(device)
+        with torch.no_grad(), capture_attention(backbone, lambda a: kept.append(a.weights.cpu())):
+            backbone(images.to(device))
+        return kept
+
+    here, there = seen("cpu"), seen("cuda")
+    assert len(here) == len(there) == len(backbone.layer_grids)
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_stopped_and_resumed_takes_the_same_steps(tmp_path: Path) -> None:
+    run = {"log_every": 1, "tensorboard": False, "checkpoint_every": 4}
+    options = {**OPTIONS, "device": "cuda", "precision": "float32", "run": run}
+    featdistill.distill(out=tmp_path / "whole", **options)
+    featdistill.distill(out=tmp_path / "halves", **options, schedule={"stop_at": 4})
+    featdistill.distill(out=tmp_path / "halves", **options, resume=True)
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_the_whole_loop(tmp_path: Path) -> None:
+    """Every command that computes, each from the last one's folder, in bf16."""
+    small: dict[str, Any] = {"device": "cuda", "data": "digits", "workers": 2, "batch_size": 32}
+    shape = {"name": "vit-t", "width": 48, "depth": 2, "heads": 3, "patch": 4}
+    short = {**small, "image_size": 16, "steps": 6, "lr": 1e-3}
+    teacher, student, tuned = (str(tmp_path / n) for n in ("teacher", "student", "tuned"))
+    featdistill.pretrain(model=shape, out=teacher, **short)
+    featdistill.distill(teacher=teacher, student=shape, out=student, **short)
+    result = featdistill.finetune(model=student, out=tuned, ema=0.9, **short)
+    assert result.top1 is not None
+    scores = featdistill.knn(model=[teacher, student], image_size=16, k=[5], **small)
+    assert all(0.05 < best <= 1 for best in scores.best.values())
+    featdistill.predict(
+        model=tuned, data="digits", device="cuda", workers=0, out=tmp_path / "predicted"
+    )
+    for kind in ("attention", "features"):
+        featdistill.diagnose(
+            kind, model=[teacher, student], images=64, out=tmp_path / kind, **small
+        )
+    compared = featdistill.compare(
+        teacher=teacher, student=student, out=tmp_path / "compared", seeds=[1], lrs=[1.0], **short
+    )
+    assert compared.report.is_file()
