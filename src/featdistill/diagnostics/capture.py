@@ -128,6 +128,7 @@ class _Watcher:
         self.sink = sink
         self.stack: list[_Call] = []
         self.calls: dict[str, int] = {}
+        self.errors: dict[str, Tensor] = {}
         self.seen = self.not_square = 0
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
@@ -154,6 +155,8 @@ class _Watcher:
                 call = self.stack.pop()
                 if call.blind is not None:
                     call.blind.__exit__(None, None, None)
+            if not self.stack and output is not None:
+                self.check_rows()
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
@@ -168,7 +171,7 @@ class _Watcher:
         layer, window = self._layer(), self._window()
         images = self._images() or len(weights)
         weights = _four_dimensional(weights, images)
-        _check_rows(weights, layer)
+        self.errors[layer] = _row_error(weights)
         if window is not None and len(weights) != images * window.count:
             raise ModelError(
                 f"the windows of '{layer}' are padded: {window.size[0]}x{window.size[1]} on "
@@ -179,8 +182,26 @@ class _Watcher:
         self.seen += 1
         self.sink(CapturedAttention(layer, weights.float(), images, window))
 
+    def check_rows(self) -> None:
+        """Raise ModelError if rows of the last pass did not sum to 1.
+
+        Once a pass: to ask a GPU layer by layer would make it wait for the next one's work.
+        """
+        layers, errors = list(self.errors), list(self.errors.values())
+        self.errors.clear()
+        for layer, excess in zip(
+            layers, torch.stack(errors).tolist() if errors else (), strict=True
+        ):
+            if not excess <= 1:  # and not NaN
+                raise ModelError(
+                    f"the attention weights of '{layer}' do not sum to 1 over the keys (off by "
+                    f"{excess:.3g} times what rounding explains)",
+                    fix="look at the model's weights and at its masks",
+                )
+
     def check_seen(self, module: nn.Module) -> None:
-        """Raise ModelError if there was nothing to see."""
+        """Raise ModelError if there was nothing to see, or something wrong."""
+        self.check_rows()
         if self.seen:
             return
         what = f"no attention was seen in {type(module).__name__}"
@@ -314,16 +335,11 @@ def _four_dimensional(weights: Tensor, images: int) -> Tensor:
     return weights.reshape(-1, weights.shape[-3], n, n)
 
 
-def _check_rows(weights: Tensor, layer: str) -> None:
+def _row_error(weights: Tensor) -> Tensor:
+    """How far a row's sum is from 1 at the most, in units of what rounding explains; a scalar."""
     tolerance = _ROW_TOLERANCE.get(weights.dtype, _COARSE_ROW_TOLERANCE)
-    error = (weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32)) - 1).abs()
-    worst = float(error.max())
-    if not worst <= tolerance:  # and not NaN
-        raise ModelError(
-            f"the attention weights of '{layer}' do not sum to 1 over the keys (off by "
-            f"{worst:.3g})",
-            fix="look at the model's weights and at its masks",
-        )
+    sums = weights.sum(-1, dtype=torch.promote_types(weights.dtype, torch.float32))
+    return (sums - 1).abs().max().float() / tolerance
 
 
 def _window_of(call: _Call, size: tuple[int, int], shift: tuple[int, int]) -> Window | None:

@@ -143,7 +143,10 @@ def _rebuild(
     fresh: tuple[str, ...] = ("head.fc.",)
     if isinstance(model, _VITS):
         arguments["global_pool"] = "avg" if pool == "mean" else "token"
-        arguments["fc_norm" if isinstance(model, VisionTransformer) else "use_fc_norm"] = True
+        # Beit's norm follows mean pooling by itself (and has no such argument before timm 1.0.30);
+        # where the CLS token is taken, a norm before that is the same as one behind
+        if not isinstance(model, Beit):
+            arguments["fc_norm" if isinstance(model, VisionTransformer) else "use_fc_norm"] = True
         fresh = ("norm.", "fc_norm.", "head.", "attn_pool.")
         if SHARED_TABLE in state:
             arguments |= {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
