@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ class Runtime:
             precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
         self.precision = precision
         names = {"float32": "32-true", "bf16": "bf16-mixed"}
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # `describe` says it
         self.fabric = Fabric(
             accelerator=kind,
             devices=devices,
