@@ -75,7 +75,6 @@ def vit_b(bias: str) -> nn.Module:
             "beit_base_patch16_224",
             num_classes=1000,
             global_pool="avg",
-            use_fc_norm=True,
             use_abs_pos_emb=False,
             use_rel_pos_bias=bias == "own",
             use_shared_rel_pos_bias=bias == "shared",
