@@ -143,7 +143,7 @@ def _rebuild(
     fresh: tuple[str, ...] = ("head.fc.",)
     if isinstance(model, _VITS):
         arguments["global_pool"] = "avg" if pool == "mean" else "token"
-        # Beit's norm follows mean pooling by itself (and has no such argument before timm 1.0.30);
+        # Beit's norm follows mean pooling by itself (older timm, which may load the export, has no argument for it);
         # where the CLS token is taken, a norm before that is the same as one behind
         if not isinstance(model, Beit):
             arguments["fc_norm" if isinstance(model, VisionTransformer) else "use_fc_norm"] = True
