@@ -143,8 +143,8 @@ def _rebuild(
     fresh: tuple[str, ...] = ("head.fc.",)
     if isinstance(model, _VITS):
         arguments["global_pool"] = "avg" if pool == "mean" else "token"
-        # Beit's norm follows mean pooling by itself (older timm, which may load the export, has no argument for it);
-        # where the CLS token is taken, a norm before that is the same as one behind
+        # Beit's norm follows mean pooling by itself, and older timm, which may load the export, has
+        # no argument for it; where the CLS token is taken, a norm before that is the same as behind
         if not isinstance(model, Beit):
             arguments["fc_norm" if isinstance(model, VisionTransformer) else "use_fc_norm"] = True
         fresh = ("norm.", "fc_norm.", "head.", "attn_pool.")
