@@ -87,18 +87,33 @@ def resample(map_: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(map_, grid, mode="bilinear", align_corners=False, antialias=True)
 
 
-def distance(name: DistanceName, prediction: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
-    """Mean distance of predictions from targets, both (..., D); computed in float32."""
+def distance(
+    name: DistanceName,
+    prediction: Tensor,
+    target: Tensor,
+    beta: float = 2.0,
+    *,
+    mean_over: Literal["batch", "image"] = "batch",
+) -> Tensor:
+    """Mean distance of predictions from targets, both (B, ..., D); computed in float32.
+
+    Args:
+        mean_over: `batch`: one number for all; `image`: (B,), a number for each.
+    """
     prediction, target = prediction.float(), target.float()
+    whole = mean_over == "batch"
+    how = "mean" if whole else "none"  # torch's own mean where it has one: it is fused
     match name:
         case "smooth-l1":
-            return F.smooth_l1_loss(prediction, target, beta=beta)
+            found = F.smooth_l1_loss(prediction, target, beta=beta, reduction=how)
         case "mse":
-            return F.mse_loss(prediction, target)
+            found = F.mse_loss(prediction, target, reduction=how)
         case "l1":
-            return F.l1_loss(prediction, target)
+            found = F.l1_loss(prediction, target, reduction=how)
         case "cosine":
-            return (1 - F.cosine_similarity(prediction, target, dim=-1)).mean()
+            found = 1 - F.cosine_similarity(prediction, target, dim=-1)
+            found = found.mean() if whole else found
+    return found if whole else found.flatten(1).mean(1)
 
 
 class FeatureDistillation(nn.Module):

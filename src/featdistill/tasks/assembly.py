@@ -56,6 +56,28 @@ def assemble(config: DistillConfig) -> Assembly:
     processes = config.run.devices * config.run.nodes
     check_batch(config.data.batch_size, processes=processes, micro_batches=config.run.micro_batches)
     runtime = runtime_of(config.run)
+    objective, source, notes = objective_of(config)
+    teacher, student = objective.teacher, objective.student
+    runtime.choose_attention(student)
+    # rendered once at the larger of the two sizes, so that neither model sees enlarged pixels
+    side = max(student.image_size[0], teacher.image_size[0])
+    view = CropView(side, config.view.crop_scale, config.view.crop_ratio, config.view.flip)
+    weights = {"teacher": teacher.origin.weights}
+    if source is not None and source is not teacher:
+        weights["student"] = source.origin.weights
+    return Assembly(
+        data, view, objective, schedule, runtime, tuple(notes), weights, held, voters, best
+    )
+
+
+def objective_of(
+    config: DistillConfig,
+) -> tuple[FeatureDistillation, Backbone | None, list[str]]:
+    """Teacher and student behind one loss.
+
+    Returns:
+        The objective, the model that the student continues from, and what became of its weights.
+    """
     teacher = model_of(
         config.teacher,
         image_size=config.teacher.image_size,
@@ -77,16 +99,7 @@ def assemble(config: DistillConfig) -> Assembly:
         resample_order=config.objective.resample,
         seed=config.run.seed,
     )
-    runtime.choose_attention(student)
-    # rendered once at the larger of the two sizes, so that neither model sees enlarged pixels
-    side = max(student.image_size[0], teacher.image_size[0])
-    view = CropView(side, config.view.crop_scale, config.view.crop_ratio, config.view.flip)
-    weights = {"teacher": teacher.origin.weights}
-    if source is not None and source is not teacher:
-        weights["student"] = source.origin.weights
-    return Assembly(
-        data, view, objective, schedule, runtime, tuple(notes), weights, held, voters, best
-    )
+    return objective, source, notes
 
 
 def _source(config: DistillConfig, teacher: Backbone) -> Backbone | None:

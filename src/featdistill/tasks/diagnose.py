@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from featdistill.config.commands import DiagnoseConfig
+from featdistill.config.commands.diagnostics import LossConfig
 from featdistill.config.sections import ModelConfig
 from featdistill.core.errors import ConfigError
 from featdistill.data.sources import Source, Subset
@@ -41,14 +42,19 @@ def run(config: DiagnoseConfig) -> Any:
     """Diagnose; what it returns is the kind's own result."""
     check_out(config.run.out, resume=False)
     refuse_labels(config.data)
-    names = _names(config)
+    names = names_of(config)
     limit_threads()
     source = _spread(images_of(config.data, part=config.part, seed=config.run.seed), config.images)
     home = import_module(f"featdistill.tasks.{_HOMES[config.kind]}")
     return home.run(config, Subjects(_models(config, names), source))
 
 
-def _names(config: DiagnoseConfig) -> list[str]:
+def names_of(config: DiagnoseConfig | LossConfig) -> list[str]:
+    """What the models are called.
+
+    Raises:
+        ConfigError: names or weights that are too few, too many or the same.
+    """
     count = len(config.models)
     problems = []
     if len(config.weights) not in (1, count):

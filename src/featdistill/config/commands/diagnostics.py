@@ -1,13 +1,13 @@
-"""The schema of `diagnose`."""
+"""The schemas of `diagnose`, `landscape` and their like."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from featdistill.config.commands.base import DATA, RUN, Command, EvalViewConfig
-from featdistill.config.sections import DataConfig, Positive, Section
+from featdistill.config.sections import DataConfig, Positive, Precision, Section
 
 
 class DiagnoseRunConfig(Section):
@@ -89,3 +89,70 @@ class DiagnoseConfig(Command):
     attention: DiagnoseAttentionConfig = DiagnoseAttentionConfig()
     features: DiagnoseFeaturesConfig = DiagnoseFeaturesConfig()
     run: DiagnoseRunConfig
+
+
+class LossRunConfig(Section):
+    """Where a measurement of a loss is written and what computes it."""
+
+    out: str = Field(description="output folder; new, or empty, or to be resumed")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    devices: Positive = Field(1, description="processes on this machine, one a device")
+    precision: Precision = Field(
+        Precision.FLOAT32, description="float32, or bf16, which rounds small differences away"
+    )
+    threads: Positive | None = Field(
+        None, description="CPU threads of the model; all cores by default (tiny models: 1)"
+    )
+    resume: bool = Field(False, description="continue what was begun in the output folder")
+
+
+class LossConfig(Command):
+    """Base of the commands that measure the loss of models around their weights."""
+
+    flat: ClassVar[dict[str, str]] = {
+        "model": "models",
+        "name": "names",
+        "weights": "weights",
+        "objective": "objective",
+        **DATA,
+        "part": "part",
+        "labels": "data.labels",
+        "images": "images",
+        **RUN,
+        "image-size": "view.image_size",
+        "batch-size": "data.batch_size",
+        "workers": "data.workers",
+        "resume": "run.resume",
+    }
+
+    models: tuple[str, ...] = Field(
+        min_length=1,
+        description="classifiers, or runs of distill; may be repeated: all on one scale",
+    )
+    names: tuple[str, ...] = Field(
+        (), description="what to call them, once for each model; teacher and student keep a colour"
+    )
+    weights: tuple[str, ...] = Field(
+        ("hub",), description="hub, random or a file; once, or once for each model"
+    )
+    objective: Literal["auto", "classification", "distillation"] = Field(
+        "auto",
+        description="whose loss: classification (of a model with a classifier), distillation (of a "
+        "run of distill, with its teacher and projector), or auto: by the model",
+    )
+    data: DataConfig
+    part: Literal["train", "val", "test"] = Field(
+        "train", description="train (whose loss was minimised), val or test"
+    )
+    images: Positive = Field(
+        1000, description="images, evenly spread over the data; all, if there are fewer"
+    )
+    view: EvalViewConfig = EvalViewConfig()
+    memory: float = Field(
+        4.0,
+        ge=0,
+        description="GiB of images and targets to keep on the device, for each model; more are "
+        "read again each time",
+    )
+    run: LossRunConfig
