@@ -19,6 +19,7 @@ SUMMARIES = (
     ("predict", "classify images with a fine-tuned model"),
     ("features", "write the features of images to safetensors or parquet"),
     ("diagnose", "look inside models: what heads attend to, what features are like, by layer"),
+    ("landscape", "loss and accuracy around models' weights: how flat is the valley?"),
     ("pretrain", "make a contrastive teacher from your own images (SimCLR)"),
     (
         "export",

@@ -93,6 +93,7 @@ class Subject:
             (B, N, D); float32, differentiable.
         parts: prefixes and modules, whose parameters are all that was learned.
         pieces: the images.
+        facts: what two subjects must share, by what it is called, if one is to become the other.
     """
 
     def __init__(
@@ -106,7 +107,13 @@ class Subject:
         parts: tuple[tuple[str, nn.Module], ...],
         losses: Callable[[Tensor, Tensor], Tensor],
         pieces: Kept,
+        facts: Mapping[str, object],
     ) -> None:
+        self.facts = {
+            "image size": backbone.image_size,
+            "normalisation": backbone.rgb,
+            **facts,
+        }
         self.name, self.kind, self.objective = name, kind, objective
         self.backbone, self.module, self.parts = backbone, module.eval(), parts
         self.losses_of, self.pieces = losses, pieces
@@ -198,6 +205,7 @@ def classifier_subject(
         parts=(("", backbone.model),),
         losses=cross_entropies,
         pieces=Kept(read, images=images, budget=budget),
+        facts={"classes": backbone.class_names or backbone.num_classes},
     )
 
 
@@ -238,4 +246,9 @@ def distillation_subject(
         parts=(("", objective.student.model), ("projector.", objective.projector)),
         losses=losses,
         pieces=Kept(read, images=images, budget=budget),
+        facts={
+            "teacher": objective.teacher.origin.weights,
+            "whitening": type(objective.whitening).__name__,
+            "beta": objective.beta,
+        },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,14 @@ def open_run(
     resume: bool,
     first: bool = True,
     weights: Mapping[str, str] | None = None,
+    harmless: Iterable[str] = (),
 ) -> Path:
     """Make a run's folder, or open it again; of several processes, only the first touches it.
 
     Args:
         weights: which weights the run begins from, by the model's part in it; a file of the same
             name may hold others when the run is resumed.
+        harmless: more options that may differ when it is resumed, because they change no result.
 
     Raises:
         RunError: see `check_out`; or the resumed run had another configuration or other weights.
@@ -97,7 +99,7 @@ def open_run(
     check_out(out, resume=resume)
     values = config.model_dump(mode="json")
     if resume:
-        _check_same(path, config)
+        _check_same(path, config, _HARMLESS.union(harmless))
         _check_weights(path, weights or {})
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -117,7 +119,7 @@ def open_run(
     return path
 
 
-def _check_same(path: Path, config: BaseModel) -> None:
+def _check_same(path: Path, config: BaseModel, harmless: frozenset[str]) -> None:
     try:
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -129,7 +131,7 @@ def _check_same(path: Path, config: BaseModel) -> None:
     differ = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _HARMLESS
+        if old.get(key) != new.get(key) and key not in harmless
     ]
     if differ:
         raise RunError(

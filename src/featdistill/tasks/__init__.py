@@ -17,6 +17,7 @@ _HOMES = {
     "predict": "predict",
     "features": "features",
     "diagnose": "diagnose",
+    "landscape": "landscape",
     "pretrain": "pretrain",
     "export": "export",
     "report": "report",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featdistill.tasks.features import FeaturesResult
     from featdistill.tasks.finetune import FinetuneResult
     from featdistill.tasks.knn import KnnResult
+    from featdistill.tasks.landscape import LandscapeResult
     from featdistill.tasks.predict import PredictResult
     from featdistill.tasks.pretrain import PretrainResult
     from featdistill.tasks.quickstart import QuickstartResult
@@ -87,11 +88,24 @@ def diagnose(kind: str, **options: Any) -> AttentionDiagnosis | FeaturesDiagnosi
 
     Wants `model` (one or a list), `data` and `out`.
     """
+    return _call("diagnose", {"kind": kind, **_lists(options)})
+
+
+def landscape(kind: str = "plane", **options: Any) -> LandscapeResult:
+    """The loss around models' weights: `kind` is plane, line or between.
+
+    Wants `model` (one or a list; between: two), `data` and `out`.
+    """
+    return _call("landscape", {"kind": kind, **_lists(options)})
+
+
+def _lists(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with lists for what may be given once for each model."""
     for name in ("model", "name", "weights"):
         given = options.get(name)
         if given is not None:
             options[name] = list(map(str, [given] if isinstance(given, str | Path) else given))
-    return _call("diagnose", {"kind": kind, **options})
+    return options
 
 
 def compare(**options: Any) -> CompareResult:

@@ -10,7 +10,7 @@ from featdistill.config.commands.base import (
 from featdistill.config.commands.comparison import (
     CompareConfig,
 )
-from featdistill.config.commands.diagnostics import DiagnoseConfig
+from featdistill.config.commands.diagnostics import DiagnoseConfig, LandscapeConfig, LossConfig
 from featdistill.config.commands.distillation import (
     CheckConfig,
     CheckRunConfig,
@@ -46,6 +46,7 @@ COMMANDS: dict[str, type[Command]] = {
     "predict": PredictConfig,
     "features": FeaturesConfig,
     "diagnose": DiagnoseConfig,
+    "landscape": LandscapeConfig,
     "pretrain": PretrainConfig,
     "export": ExportConfig,
     "report": ReportConfig,
@@ -71,6 +72,8 @@ __all__ = [
     "FeaturesRunConfig",
     "FinetuneConfig",
     "KnnCommandConfig",
+    "LandscapeConfig",
+    "LossConfig",
     "ModelsConfig",
     "PredictConfig",
     "PretrainConfig",

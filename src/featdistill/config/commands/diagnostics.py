@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from featdistill.config.commands.base import DATA, RUN, Command, EvalViewConfig
 from featdistill.config.sections import DataConfig, Positive, Precision, Section
@@ -156,3 +156,59 @@ class LossConfig(Command):
         "read again each time",
     )
     run: LossRunConfig
+
+
+class LandscapeConfig(LossConfig):
+    """The loss around models' weights, or on the way from one model to another."""
+
+    summary = "loss and accuracy around models' weights: how flat is the valley?"
+    example = (
+        "featdistill landscape --model runs/teacher-tuned --model runs/student-tuned "
+        "--data LABELLED --out landscape"
+    )
+    flat = {
+        "kind": "kind",
+        **LossConfig.flat,
+        "grid": "grid",
+        "radius": "radius",
+        "planes": "planes",
+        "radii": "radii",
+        "levels": "levels",
+    }
+    positional = "kind"
+
+    kind: Literal["plane", "line", "between"] = Field(
+        "plane",
+        description="plane; line: many random directions by themselves, cheaply; between: on the "
+        "straight line from one model to another",
+    )
+    grid: Annotated[int, Field(ge=3)] = Field(
+        21, description="points along an axis; odd, so that the model itself is one"
+    )
+    radius: float | None = Field(
+        None, gt=0, description="how far to go, in norms of the weights; 1 by default"
+    )
+    planes: Positive | None = Field(
+        None, description="random planes, or lines; 1 plane or 10 lines by default"
+    )
+    radii: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.25, 0.5, 1.0), description="where the mean rise of the loss is measured"
+    )
+    levels: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        description="rises below which the area is measured, in the loss's unit; 0.1,0.5,1 of a "
+        "classifier, 0.01,0.05,0.1 of a distillation",
+    )
+
+    @field_validator("grid")
+    @classmethod
+    def _centred(cls, grid: int, info: ValidationInfo) -> int:
+        if info.data.get("kind") == "between" and grid % 4 != 1:
+            raise ValueError(
+                f"given {grid}; expected 4 n + 1 (21, 41), so that both models are among the points"
+            )
+        if grid % 2 == 0:
+            raise ValueError(
+                f"given {grid}; expected an odd number, so that the model itself is a point"
+            )
+        return grid
