@@ -15,6 +15,10 @@ STUDENT = ["--student", "vit-t", "--student.depth", "1"]
 DIGITS = ["--data", "digits", "--image-size", "32", "--steps", "1", "--batch-size", "4"]
 
 
+CLASSIFIER = ["--model", "timm/resnet10t", "--weights", "random", "--data", "digits"]
+NO_HEAD = ["--model", "torch.nn:Identity", "--data", "digits", "--image-size", "8"]
+
+
 def fails(capsys: pytest.CaptureFixture[str], *words: str, says: tuple[str, ...]) -> None:
     status = main(list(words))
     err = capsys.readouterr().err
@@ -232,6 +236,29 @@ def test_cuda_where_there_is_none(
         (
             ("diagnose", "features", "--model", "nowhere/at/all", "--data", "digits"),
             ("nowhere/at/all",),
+        ),
+        (("landscape", *CLASSIFIER, "--grid", "20"), ("--grid", "20", "odd number")),
+        (("landscape", *CLASSIFIER, "--grid", "1"), ("--grid", "greater than or equal to 3")),
+        (("landscape", *CLASSIFIER, "--radius", "0"), ("--radius", "greater than 0")),
+        (("landscape", *CLASSIFIER, "--radii", "0.5,-1"), ("--radii", "greater than 0")),
+        (("landscape", "plain", *CLASSIFIER), ("'plain'", "did you mean 'plane'")),
+        (("landscape", *CLASSIFIER, "--images", "1"), ("1 image", "at least 2")),
+        (("landscape", *CLASSIFIER), ("10 classes", "nameless classifier of 1000")),
+        (("landscape", *CLASSIFIER, "--part", "val"), ("no val part", "--part train or test")),
+        (
+            ("landscape", *CLASSIFIER, "--objective", "distillation"),
+            ("no run of distill", "--objective classification"),
+        ),
+        (("landscape", *NO_HEAD), ("no classifier, so no loss", "fine-tune or probe it first")),
+        (("landscape", "between", *CLASSIFIER), ("wants two models",)),
+        (("landscape", "between", *CLASSIFIER, "--grid", "23"), ("--grid", "4 n + 1")),
+        (
+            ("landscape", "between", *CLASSIFIER, *CLASSIFIER[:2], "--radius", "2"),
+            ("two models have the same name", "--name"),
+        ),
+        (
+            ("landscape", "between", *CLASSIFIER, "--planes", "2"),
+            ("--planes is of no use between two models",),
         ),
         (("report", "nowhere"), ("no folder 'nowhere'",)),
         (("report",), ("--run",)),

@@ -40,6 +40,7 @@ EXTRA = {
     "predict": SMALL,
     "features": SMALL,
     "diagnose": SMALL,
+    "landscape": [*SMALL, "--grid", "3"],
     "export": [],
     "models": [],
     "recipes": [],

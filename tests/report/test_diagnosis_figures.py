@@ -98,6 +98,97 @@ def test_landscapes_share_a_scale(steepness: float, label: str) -> None:
     assert len({axis.get_zlim() for axis in figure.axes}) == 1  # type: ignore[attr-defined]
 
 
+def flatness(results: dict[str, Any]) -> dict[str, Any]:
+    """Made scalars."""
+    for i, model in enumerate(results["models"]):
+        model |= {"loss": 0.2, "accuracy": 0.9}
+        model["rise"] = [
+            {"radius": r, "mean": r / (1 + i), "error": 0.01, "lowest": 0.0, "highest": 2 * r}
+            for r in (0.5, 1.0)
+        ]
+        model["low_area"] = [{"rise": 0.1, "mean": 0.25, "error": None}]
+    return results
+
+
+def test_an_unfinished_landscape_is_drawn_as_far_as_it_goes() -> None:
+    results, arrays = landscape()
+    for i in range(2):
+        whole = arrays[f"{i}.loss"]
+        arrays[f"{i}.loss"] = np.full_like(whole, np.nan)
+        arrays[f"{i}.loss"][:, ::5, ::5] = whole[:, ::5, ::5]
+    arrays["0.loss"][0, 1, :7] = 3.0  # more of one of them changes nothing
+    steps = landscape_figures.drawn(results, arrays)
+    np.testing.assert_allclose(steps, [-1, -0.5, 0, 0.5, 1])
+    planes, _ = landscape_figures.heights(results, arrays)
+    assert [p.shape for p in planes] == [(5, 5), (5, 5)]
+    arrays["1.loss"][0, 10, 10] = np.nan
+    assert landscape_figures.drawn(results, arrays).size == 0
+
+
+def test_what_is_infinite_is_a_hole_and_not_a_scale() -> None:
+    results, arrays = landscape()
+    arrays["0.loss"][0, 0, 0] = np.inf
+    assert len(landscape_figures.drawn(results, arrays)) == 21
+    planes, label = landscape_figures.heights(results, arrays)
+    assert np.isnan(planes[0][0, 0])
+    assert label == "loss"
+    with style.house():
+        figure = landscape_figures.surfaces(results, arrays)
+        landscape_figures.contours(results, arrays)
+    assert np.isfinite([axis.get_zlim() for axis in figure.axes]).all()  # type: ignore[attr-defined]
+
+
+def test_accuracies_share_a_scale() -> None:
+    results, arrays = landscape()
+    for i in range(2):
+        arrays[f"{i}.accuracy"] = 1 - 0.4 * arrays[f"{i}.loss"] / arrays[f"{i}.loss"].max() / (
+            1 + i
+        )
+    with style.house():
+        figure = landscape_figures.contours(results, arrays, "accuracy")
+    scales = {tuple(s.levels) for a in figure.axes[:2] for s in a.collections}  # type: ignore[attr-defined]
+    assert len(scales) == 1
+    assert min(*scales)[0] == pytest.approx(0.6)
+
+
+def test_rises_are_the_records() -> None:
+    results, _ = landscape()
+    assert landscape_figures.rises(results) is None
+    with style.house():
+        figure = landscape_figures.rises(flatness(results))
+    assert figure is not None
+    drawn = [line.get_ydata() for line in figure.axes[0].lines[:2]]
+    np.testing.assert_allclose(drawn, [[0.5, 1.0], [0.25, 0.5]])
+
+
+def test_lines_have_their_mean_and_their_band() -> None:
+    results, arrays = landscape()
+    steps = arrays["coordinates"]
+    lines = np.stack([steps**2, 3 * steps**2])
+    arrays |= {f"{i}.loss": (1 + i) * lines for i in range(2)}
+    results = {**results, "kind": "line"}
+    with style.house():
+        figure = landscape_figures.profiles(results, arrays)
+    [axis] = figure.axes
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), 2 * steps**2)
+    np.testing.assert_allclose(axis.lines[1].get_ydata(), 4 * steps**2)
+
+
+def test_scalars_are_a_table_and_a_sentence(tmp_path: Path) -> None:
+    results, arrays = landscape()
+    write_record(
+        tmp_path / "landscape.json",
+        "landscape",
+        config={},
+        results={**flatness(results), "points": {"done": 914, "of": 914}},
+        arrays=arrays,
+    )
+    page = Page(write_report(tmp_path))
+    assert "Mean rise of the loss: teacher 1 at radius 1, student 0.5 at radius 1." in page.text
+    for said in ("rise at 0.5", "area below +0.1", "90.0%", "0.25 ± 0.01", "Not finished"):
+        assert (said in page.text) == (said != "Not finished"), said
+
+
 def test_bars_are_the_eigenvalues() -> None:
     with style.house():
         (axis,) = landscape_figures.eigenvalues(curvature()).axes

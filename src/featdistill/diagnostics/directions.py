@@ -120,15 +120,6 @@ def direction(weights: Mapping[str, Filter], *, seed: int, plane: int, axis: int
     return found
 
 
-def cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Of two directions."""
-
-    def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-        return sum(float((x.double() * y.double()).sum()) for x, y in zip(a, b, strict=True))
-
-    return dot(first, second) / (dot(first, first) * dot(second, second)) ** 0.5
-
-
 class _Walk:
     """Weights that move; at the end of the `with` block, however it ends, they are as before."""
 

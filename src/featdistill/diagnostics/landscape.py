@@ -66,7 +66,7 @@ def coordinates(count: int, radius: float) -> np.ndarray:
     """(K,) steps from -radius to radius; the middle one is exactly 0."""
     assert count % 2, count
     half = count // 2
-    return radius * (np.arange(count) - half) / half
+    return radius * ((np.arange(count) - half) / half)
 
 
 def strides(count: int) -> list[int]:

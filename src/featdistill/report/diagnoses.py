@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from featdistill.core.errors import RunError
-from featdistill.report import attention_figures, feature_figures, landscape_figures, turnable
+from featdistill.report import attention_figures, feature_figures, landscape_figures
 from featdistill.report.folders import Found
 from featdistill.report.gallery import Gallery, Section
+from featdistill.report.landscape_section import landscape
+from featdistill.report.words import images_of
 
 _READ: dict[str, Callable[[Gallery, Found], Iterator[Section]]] = {}
 
@@ -32,7 +33,7 @@ def sections(gallery: Gallery, found: Found) -> list[Section]:
 
 def _features(gallery: Gallery, found: Found) -> Iterator[Section]:
     results, arrays = found.results, found.arrays
-    images = _images(results)
+    images = images_of(results)
     names = feature_figures.names(results)
     last = {model["name"]: model["layers"][-1] for model in results["models"]}
     shown = [
@@ -83,15 +84,9 @@ def _features(gallery: Gallery, found: Found) -> Iterator[Section]:
     )
 
 
-def _images(results: Mapping[str, Any]) -> str:
-    """`1,000 images of NAME`; of a path its last part, since the whole stands further below."""
-    name = str(results["data"]["name"])
-    return f"{results['data']['images']:,} images of {Path(name).name or name}"
-
-
 def _attention(gallery: Gallery, found: Found) -> Iterator[Section]:
     results, arrays = found.results, found.arrays
-    images, names = _images(results), feature_figures.names(results)
+    images, names = images_of(results), feature_figures.names(results)
     last = {model["name"]: model["layers"][-1] for model in results["models"]}
     shown = [
         gallery.add(
@@ -135,36 +130,6 @@ def _attention(gallery: Gallery, found: Found) -> Iterator[Section]:
     )
 
 
-def _landscape(gallery: Gallery, found: Found) -> Iterator[Section]:
-    results, arrays = found.results, found.arrays
-    names = ", ".join(feature_figures.names(results))
-    caption = (
-        f"{results['objective']}, {_images(results)}, along two Gaussian directions scaled to each "
-        "filter's norm (so steps have no unit), the same raw directions and one scale for all "
-        "models; the first plane."
-    )
-    surfaces = landscape_figures.surfaces(results, arrays)
-    told = f"Landscapes of {names}."
-    if turnable.available():
-        gallery.keep(surfaces, "landscape-surface")
-        shown = [
-            gallery.add_scripted(drawing, "turnable", f"{name}: turn it", caption)
-            for name, drawing in turnable.surfaces(results, arrays, before=gallery.scripted)
-        ]
-    else:
-        title = "The landscape as a surface"
-        shown = [gallery.add(surfaces, "landscape-surface", title, caption, told)]
-    above = landscape_figures.contours(results, arrays)
-    title = "The landscape from above"
-    shown.append(gallery.add(above, "landscape-contours", title, caption, told))
-    yield Section(
-        "Loss landscape",
-        "The wider and flatter the valley around the middle, the less a change of the weights "
-        "hurts.",
-        tuple(shown),
-    )
-
-
 def _curvature(gallery: Gallery, found: Found) -> Iterator[Section]:
     results = found.results
     top = {model["name"]: model for model in results["models"]}
@@ -173,7 +138,7 @@ def _curvature(gallery: Gallery, found: Found) -> Iterator[Section]:
         "eigenvalues",
         "The steepest directions",
         f"Largest eigenvalues of the Hessian of {results['objective']} (loss for each squared unit "
-        f"of the weights), {_images(results)}; whiskers: residuals of the eigenvectors.",
+        f"of the weights), {images_of(results)}; whiskers: residuals of the eigenvectors.",
         _per_model(top, lambda model: model["eigenvalues"][0], "largest {:.4g}", ""),
     )
     yield Section(
@@ -204,6 +169,6 @@ def _per_model(
 _READ |= {
     "diagnose-attention": _attention,
     "diagnose-features": _features,
-    "landscape": _landscape,
+    "landscape": landscape,
     "curvature": _curvature,
 }

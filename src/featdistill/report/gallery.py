@@ -25,12 +25,22 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Numbers of a section: a header of columns, and rows that begin with what they are of."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str
+
+
+@dataclass(frozen=True)
 class Section:
     """Figures that belong together, and one sentence on how to read them."""
 
     title: str
     sentence: str
     figures: tuple[Shown, ...]
+    table: Table | None = None
 
 
 class Gallery:

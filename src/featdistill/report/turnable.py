@@ -10,7 +10,7 @@ import numpy as np
 
 from featdistill.report import plotstyle
 from featdistill.report.feature_figures import names
-from featdistill.report.landscape_figures import heights
+from featdistill.report.landscape_figures import drawn, heights
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -37,7 +37,7 @@ def surfaces(
     from markupsafe import Markup
 
     planes, label = heights(results, arrays)
-    steps = np.asarray(arrays["coordinates"], float).tolist()
+    steps = drawn(results, arrays).tolist()
     scale = plotstyle.limits(planes, margin=0)
     found = []
     for place, (name, plane) in enumerate(zip(names(results), planes, strict=True)):

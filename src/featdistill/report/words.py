@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,12 @@ _INPUTS = {"distill": "Distillation", "pretrain": "Pre-training"}
 def listed(parts: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def images_of(results: Mapping[str, Any]) -> str:
+    """`1,000 images of NAME`; of a path its last part, since the whole stands further below."""
+    name = str(results["data"]["name"])
+    return f"{results['data']['images']:,} images of {Path(name).name or name}"
 
 
 def _per_row(found: Comparison) -> str:

@@ -19,6 +19,7 @@ from featdistill.engine.runtime import limit_threads, pick_device
 from featdistill.engine.tracking import say
 from featdistill.models.backbone import Backbone
 from featdistill.models.load import load_backbone
+from featdistill.tasks.bench_landscape import LandscapeCost, bench_landscape
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,16 @@ class _Trial:
                 measure.add(Rows(seen.weights, rows.layout))
 
 
-@torch.no_grad()
-def run(config: BenchConfig) -> BenchResult:
+def run(config: BenchConfig) -> BenchResult | LandscapeCost:
     """Time and weigh it."""
     limit_threads()
+    if config.what == "landscape":
+        return bench_landscape(config)
+    return _bench_attention(config)
+
+
+@torch.no_grad()
+def _bench_attention(config: BenchConfig) -> BenchResult:
     device = torch.device(pick_device(config.device))
     backbone = load_backbone(config.model, weights="random", image_size=config.image_size)
     backbone.to(device).eval()

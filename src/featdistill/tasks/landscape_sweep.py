@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from featdistill.core.errors import Interrupted
-from featdistill.diagnostics.directions import Between, Plane, cosine, direction, filters
+from featdistill.diagnostics.directions import Between, Plane, direction, filters
 from featdistill.diagnostics.landscape import Value, evaluate
 from featdistill.diagnostics.subject import Subject
 from featdistill.engine.journal import Journal, read_journal
@@ -54,7 +54,6 @@ class Sweep:
     def __init__(self, kind: str, subjects: Sequence[Subject], *, seed: int) -> None:
         self.kind, self.subjects, self.seed = kind, subjects, seed
         self.seconds = 0.0
-        self._cosines: dict[tuple[int, int], float] = {}
         if kind == "between":
             with self._between():  # its mistakes come out before the long work
                 pass
@@ -72,18 +71,16 @@ class Sweep:
         )
 
     def record(self, model: int) -> dict[str, Any]:
-        """How much of a model varies, and the angle between its directions where it is known."""
+        """How much of a model varies."""
         if self.kind == "between":
             return {}
         varied = [w.parameter for w in self._weights[model].values()]
         everything = self.subjects[model].parameters.values()
-        known = [c for (m, _), c in sorted(self._cosines.items()) if m == model]
         return {
             "varied_weights": sum(p.numel() for p in varied),
             "all_weights": sum(p.numel() for p in everything),
             "varied_tensors": len(varied),
             "all_tensors": len(everything),
-            "cosine_of_directions": known or None,
         }
 
     def run(
@@ -117,7 +114,9 @@ class Sweep:
                 stop_on_signals() as request,
                 journal,
                 runtime.autocast(),
-                closing(self._values(rest[rank::world], request, folder)) as values,
+                closing(
+                    self.values(rest[rank::world], lambda: _stop_if(request, folder))
+                ) as values,
             ):
                 for number, place, value in values:
                     if number > stage and time.monotonic() - written > _PARTIAL_SECONDS:
@@ -130,19 +129,19 @@ class Sweep:
             meter.bar.stop()
             self.seconds += time.monotonic() - began
 
-    def _values(
-        self, mine: Sequence[tuple[int, Place]], request: StopRequest, folder: Path
+    def values(
+        self, mine: Sequence[tuple[int, Place]], before_each: Callable[[], None] = lambda: None
     ) -> Generator[tuple[int, Place, Value], None, None]:
-        """Point after point; the weights are as they were whenever the generator is closed."""
+        """Point after point; the weights are as they were whenever the generator is closed.
+
+        Args:
+            mine: stages and points; directions are drawn anew where the model or plane changes.
+            before_each: called before a point.
+        """
         for (model, plane), together in groupby(mine, lambda one: (one[1].model, one[1].plane)):
             with self._opened(model, plane) as go:
                 for number, place in together:
-                    if request.signal is not None:
-                        raise Interrupted(
-                            f"stopped; the points so far are in '{folder}'",
-                            signal_number=request.signal,
-                            fix="go on with the same command and --resume",
-                        )
+                    before_each()
                     go(place)
                     yield number, place, evaluate(self.subjects[model])
 
@@ -155,14 +154,21 @@ class Sweep:
             return
         weights, axes = self._weights[model], _AXES[self.kind]
         along = [direction(weights, seed=self.seed, plane=plane, axis=a) for a in range(axes)]
-        if axes == 2 and (model, plane) not in self._cosines:
-            self._cosines[model, plane] = cosine(*along)
         with Plane(weights, *along) as walk:
             yield lambda place: walk.go(*(place.x, place.y)[:axes])
 
     def _between(self) -> Between:
         first, second = self.subjects
         return Between(first.parts, second.parts, names=(first.name, second.name))
+
+
+def _stop_if(request: StopRequest, folder: Path) -> None:
+    if request.signal is not None:
+        raise Interrupted(
+            f"stopped; the points so far are in '{folder}'",
+            signal_number=request.signal,
+            fix="go on with the same command and --resume",
+        )
 
 
 class _Meter:

@@ -113,9 +113,12 @@ class BenchConfig(Command):
     }
     positional = "what"
 
-    what: Literal["diagnose"] = Field(description="what to time: diagnose")
+    what: Literal["diagnose", "landscape"] = Field(
+        description="what to time: diagnose (attention beside a plain forward pass) or landscape "
+        "(its points beside plain evaluations)"
+    )
     model: str = Field("timm/vit_base_patch16_224", description="model, with random weights")
     image_size: Positive | None = Field(None, description="side in pixels; the model's own")
-    batch_size: Positive = Field(8, description="images of a pass")
+    batch_size: Positive = Field(8, description="images of a pass, or of an evaluation")
     rounds: Positive = Field(5, description="rounds in which each takes its turn")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
