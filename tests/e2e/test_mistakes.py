@@ -253,7 +253,7 @@ def test_cuda_where_there_is_none(
         (("landscape", "between", *CLASSIFIER), ("wants two models",)),
         (("landscape", "between", *CLASSIFIER, "--grid", "23"), ("--grid", "4 n + 1")),
         (
-            ("landscape", "between", *CLASSIFIER, *CLASSIFIER[:2], "--radius", "2"),
+            ("landscape", "between", *CLASSIFIER, *CLASSIFIER[:2]),
             ("two models have the same name", "--name"),
         ),
         (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from featdistill.report import landscape_figures, turnable
-from featdistill.report.feature_figures import names
+from featdistill.report.feature_figures import names, short
 from featdistill.report.folders import Found
 from featdistill.report.gallery import Gallery, Section, Shown, Table
 from featdistill.report.words import images_of, listed
@@ -135,34 +135,24 @@ def _unfinished(results: Results) -> str:
 
 
 def _scalars(results: Results) -> Table | None:
-    """Models as rows: the loss in the middle, rises and areas."""
-    first = results["models"][0]
-    if not first.get("rise"):
+    """Models as columns: the loss in the middle, rises and areas."""
+    models = results["models"]
+    if not all(model.get("rise") for model in models):
         return None
-    areas = first.get("low_area") or []
-    columns = [
-        "loss",
-        *(["accuracy"] if first.get("accuracy") is not None else []),
-        *(f"rise at {r['radius']:g}" for r in first["rise"]),
-        *(f"area below +{a['rise']:g}" for a in areas),
-    ]
-    rows = [
-        (
-            str(model["name"]),
-            _number(model["loss"]),
-            *([f"{model['accuracy']:.1%}"] if model.get("accuracy") is not None else []),
-            *(_number(r["mean"], r["error"]) for r in model.get("rise") or []),
-            *(_number(a["mean"], a["error"]) for a in model.get("low_area") or []),
-        )
-        for model in results["models"]
-    ]
+    rows = [("loss", *(_number(m["loss"]) for m in models))]
+    if all(m.get("accuracy") is not None for m in models):
+        rows.append(("accuracy", *(f"{m['accuracy']:.1%}" for m in models)))
+    for key, at, label in (("rise", "radius", "rise at "), ("low_area", "rise", "area below +")):
+        for together in zip(*(m.get(key) or [] for m in models), strict=True):
+            cells = (_number(one["mean"], one["error"]) for one in together)
+            rows.append((f"{label}{together[0][at]:g}", *cells))
     caption = (
         f"{results['objective']}. Rise: mean of the loss at a radius (in norms of the weights) "
         "less the loss in the middle. Area: share of the landscape (0 to 1) whose loss is less "
         "than so much above the middle's. ±: standard error over planes or lines, where there are "
         "several."
     )
-    return Table(tuple(columns), tuple(rows), caption)
+    return Table(tuple(short(name) for name in names(results)), tuple(rows), caption)
 
 
 def _number(value: float | None, error: float | None = None) -> str:
