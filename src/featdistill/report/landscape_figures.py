@@ -172,7 +172,7 @@ def rises(results: Results) -> Figure | None:
     axis.axhline(0, color=style.LIGHT["ink"], linewidth=0.8)
     axis.set_xlim(left=0)
     axis.set_xlabel("radius, norms of the weights")
-    axis.legend(frameon=False, fontsize=8.5)
+    axis.legend(frameon=False, fontsize=8.5, loc="upper left")
     plotstyle.title(axis, "Mean rise of the loss")
     return figure
 
