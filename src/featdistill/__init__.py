@@ -23,8 +23,10 @@ _HOMES = {
     "Backbone": "featdistill.models.backbone",
     "Features": "featdistill.core.types",
     "FeatDistillError": "featdistill.core.errors",
+    "capture_attention": "featdistill.diagnostics.capture",
     "check": "featdistill.tasks.api",
     "compare": "featdistill.tasks.api",
+    "curvature": "featdistill.tasks.api",
     "diagnose": "featdistill.tasks.api",
     "distill": "featdistill.tasks.api",
     "export": "featdistill.tasks.api",
@@ -42,11 +44,13 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:
     from featdistill.core.errors import FeatDistillError
     from featdistill.core.types import Features
+    from featdistill.diagnostics.capture import capture_attention
     from featdistill.models.backbone import Backbone
     from featdistill.models.load import load_backbone
     from featdistill.tasks.api import (
         check,
         compare,
+        curvature,
         diagnose,
         distill,
         export,

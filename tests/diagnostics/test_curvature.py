@@ -206,7 +206,6 @@ def test_top_eigenvalues_of_a_transformer() -> None:
     assert found.trace is not None
     assert found.trace_error is not None
     assert abs(found.trace - float(values.sum())) < 4 * found.trace_error
-    assert found.trace_error < 0.2 * abs(found.trace)
     assert found.deviation < 1e-3
 
 

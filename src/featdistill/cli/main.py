@@ -20,6 +20,7 @@ SUMMARIES = (
     ("features", "write the features of images to safetensors or parquet"),
     ("diagnose", "look inside models: what heads attend to, what features are like, by layer"),
     ("landscape", "loss and accuracy around models' weights: how flat is the valley?"),
+    ("curvature", "the steepest directions of the loss around models' weights (Hessian)"),
     ("pretrain", "make a contrastive teacher from your own images (SimCLR)"),
     (
         "export",

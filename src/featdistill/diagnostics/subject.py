@@ -140,7 +140,7 @@ class _Logits(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits = self.backbone(images.float().div_(255)).logits
         assert logits is not None
-        return logits.float()
+        return _exact(logits)
 
 
 class _Predictions(nn.Module):
@@ -149,7 +149,12 @@ class _Predictions(nn.Module):
         self.objective = objective
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.objective.predictions(_batch(images)).float()
+        return _exact(self.objective.predictions(_batch(images)))
+
+
+def _exact(values: Tensor) -> Tensor:
+    """In float32, or float64 if it is that."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _batch(images: Tensor) -> Batch:

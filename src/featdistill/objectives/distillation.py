@@ -95,12 +95,13 @@ def distance(
     *,
     mean_over: Literal["batch", "image"] = "batch",
 ) -> Tensor:
-    """Mean distance of predictions from targets, both (B, ..., D); computed in float32.
+    """Mean distance of predictions from targets, both (B, ..., D); in float32 or better.
 
     Args:
         mean_over: `batch`: one number for all; `image`: (B,), a number for each.
     """
-    prediction, target = prediction.float(), target.float()
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+    target = target.to(prediction.dtype)
     whole = mean_over == "batch"
     how = "mean" if whole else "none"  # torch's own mean where it has one: it is fused
     match name:

@@ -18,6 +18,7 @@ _HOMES = {
     "features": "features",
     "diagnose": "diagnose",
     "landscape": "landscape",
+    "curvature": "curvature",
     "pretrain": "pretrain",
     "export": "export",
     "report": "report",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featdistill.models.export import Exported
     from featdistill.tasks.check import CheckResult
     from featdistill.tasks.compare import CompareResult
+    from featdistill.tasks.curvature import CurvatureResult
     from featdistill.tasks.diagnose_attention import AttentionDiagnosis
     from featdistill.tasks.diagnose_features import FeaturesDiagnosis
     from featdistill.tasks.distill import DistillResult
@@ -97,6 +98,14 @@ def landscape(kind: str = "plane", **options: Any) -> LandscapeResult:
     Wants `model` (one or a list; between: two), `data` and `out`.
     """
     return _call("landscape", {"kind": kind, **_lists(options)})
+
+
+def curvature(**options: Any) -> CurvatureResult:
+    """Largest eigenvalues and trace of the Hessian of models' losses.
+
+    Wants `model` (one or a list), `data` and `out`.
+    """
+    return _call("curvature", _lists(options))
 
 
 def _lists(options: dict[str, Any]) -> dict[str, Any]:

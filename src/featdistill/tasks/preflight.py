@@ -281,7 +281,7 @@ class _Clock:
 
 def _explained(error: Exception, config: DistillConfig, assembly: Assembly) -> Exception:
     """An error of the dry step as a user should read it."""
-    if not _is_out_of_memory(error):
+    if not is_out_of_memory(error):
         return error
     runtime, parts = assembly.runtime, config.run.micro_batches
     images = config.data.batch_size // runtime.share.world
@@ -297,7 +297,8 @@ def _explained(error: Exception, config: DistillConfig, assembly: Assembly) -> E
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or this machine had too little memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # torch has no class of its own for the CPU's: "DefaultCPUAllocator: can't allocate memory"

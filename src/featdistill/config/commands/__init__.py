@@ -10,6 +10,7 @@ from featdistill.config.commands.base import (
 from featdistill.config.commands.comparison import (
     CompareConfig,
 )
+from featdistill.config.commands.curvature import CurvatureConfig
 from featdistill.config.commands.diagnostics import DiagnoseConfig, LandscapeConfig, LossConfig
 from featdistill.config.commands.distillation import (
     CheckConfig,
@@ -47,6 +48,7 @@ COMMANDS: dict[str, type[Command]] = {
     "features": FeaturesConfig,
     "diagnose": DiagnoseConfig,
     "landscape": LandscapeConfig,
+    "curvature": CurvatureConfig,
     "pretrain": PretrainConfig,
     "export": ExportConfig,
     "report": ReportConfig,
@@ -62,6 +64,7 @@ __all__ = [
     "CheckRunConfig",
     "Command",
     "CompareConfig",
+    "CurvatureConfig",
     "DiagnoseConfig",
     "DistillConfig",
     "DistillRunConfig",
