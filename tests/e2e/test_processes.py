@@ -82,3 +82,58 @@ def test_two_processes_score_every_image_once(tmp_path: Path) -> None:
         mine = labels == c
         assert row["images"] == int(mine.sum()), row
         assert row["accuracy"] == pytest.approx(hits[mine].double().mean())
+
+
+def test_two_processes_diagnose_what_one_does(tmp_path: Path) -> None:
+    """51 images, 26 + 25: heads, maps, CKA, spectra and pictures of both kinds."""
+    words = ("--model", "timm/vit_tiny_patch16_224", "--weights", "random", "--image-size", "32")
+    words += ("--data", "digits", "--images", "51", "--batch-size", "8", "--workers", "0")
+    words += ("--device", "cpu")
+    for kind in ("attention", "features"):
+        found = []
+        for processes in (1, 2):
+            out = tmp_path / f"{kind}-{processes}"
+            more = ("--out", str(out), "--run.devices", str(processes))
+            featdistill("diagnose", kind, *words, *more)
+            results = json.loads((out / f"diagnose-{kind}.json").read_text())["results"]
+            del results["seconds"]
+            found.append((_flat(results), np.load(out / f"diagnose-{kind}.npz")))
+        (one, arrays), (two, others) = found
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            want = pytest.approx(value, rel=1e-4, abs=1e-6) if isinstance(value, float) else value
+            assert two[name] == want, name
+        assert sorted(arrays) == sorted(others)
+        for name in arrays:
+            close = {"rtol": 1e-4, "atol": 2 if arrays[name].dtype == np.uint8 else 1e-5}
+            np.testing.assert_allclose(others[name].astype(float), arrays[name], **close)
+
+
+def _flat(value: object, path: str = "") -> dict[str, object]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for n, part in items for k, v in _flat(part, f"{path}.{n}").items()}
+    return {path: value}
+
+
+def test_two_processes_find_the_curvature_of_one(tmp_path: Path) -> None:
+    """Five batches, three and two; resumed with another number of processes, nothing is done."""
+    model = tmp_path / "model"
+    common = ("--data", "digits", "--workers", "0", "--device", "cpu")
+    featdistill(
+        *("finetune", "--model", "timm/vit_tiny_patch16_224", "--weights", "random", *common),
+        *("--image-size", "16", "--batch-size", "64", "--steps", "2", "--out", str(model)),
+        *("--lr", "1e-3", "--run.tensorboard", "false"),
+    )
+    words = ("curvature", "--model", str(model), *common, "--images", "40", "--batch-size", "8")
+    words += ("--top", "2", "--probes", "3", "--tolerance", "1e-3")
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"curvature-{processes}"
+        featdistill(*words, "--out", str(out), "--run.devices", str(processes))
+        [row] = json.loads((out / "curvature.json").read_text())["results"]["models"]
+        found.append([*row["eigenvalues"], row["trace"], row["trace_error"]])
+    assert found[1] == pytest.approx(found[0], rel=2e-3)
+    featdistill(*words, "--out", str(out), "--resume")
+    [again] = json.loads((out / "curvature.json").read_text())["results"]["models"]
+    assert again["seconds"] == row["seconds"]

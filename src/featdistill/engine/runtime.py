@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -177,6 +178,22 @@ class Runtime:
         parts: list[Any] = [None] * self.share.world
         torch.distributed.all_gather_object(parts, value.cpu())
         return torch.cat(parts)
+
+    def collect(self, value: Any) -> list[Any]:
+        """Every process's object, in the order of ranks; their tensors on this one's device."""
+        if self.share.world == 1:
+            return [value]
+        packed = io.BytesIO()
+        torch.save(value, packed)
+        parts: list[Any] = [None] * self.share.world
+        torch.distributed.all_gather_object(parts, packed.getvalue())
+        # not weights_only: these are our own processes' objects, not a file's
+        return [
+            value
+            if rank == self.share.rank
+            else torch.load(io.BytesIO(part), map_location=self.device, weights_only=False)
+            for rank, part in enumerate(parts)
+        ]
 
     def barrier(self) -> None:
         """Wait for all processes."""

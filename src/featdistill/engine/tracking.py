@@ -106,6 +106,25 @@ class Bar:
             self._progress = None
 
 
+class Countdown:
+    """A bar that says how much time is left, from the speed so far."""
+
+    def __init__(self, title: str, total: int, unit: str, *, quiet: bool = False) -> None:
+        self.total, self.unit = total, unit
+        self.began = time.monotonic()
+        self.bar = Bar(title, quiet=quiet)
+        self.bar.start(total, 0)
+
+    def update(self, done: int) -> None:
+        """So many of the total are done."""
+        left = (time.monotonic() - self.began) / max(done, 1) * (self.total - done)
+        self.bar.update(done, f"{self.unit}  left {duration(left)}")
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self.bar.stop()
+
+
 def duration(seconds: float) -> str:
     """`3 s`, `4:05 min`, `2:30 h`, `3.2 days`."""
     if seconds < 60:

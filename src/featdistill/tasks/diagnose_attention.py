@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from featdistill.config.commands import DiagnoseConfig
-from featdistill.core.errors import DataError, ModelError
-from featdistill.core.records import write_record
+from featdistill.core.errors import ModelError
 from featdistill.data.loader import ordered_batches, plainly
 from featdistill.data.views import EvalView
 from featdistill.diagnostics.attention_model import (
@@ -22,11 +21,10 @@ from featdistill.diagnostics.attention_model import (
     layer_results,
 )
 from featdistill.diagnostics.capture import capture_attention
-from featdistill.engine.tracking import Bar, duration, say
+from featdistill.engine.tracking import Countdown, duration, say
 from featdistill.evaluation.features import features_of
 from featdistill.models.backbone import Backbone
-from featdistill.tasks.common import plain
-from featdistill.tasks.diagnose import Subjects, about, number, record_file
+from featdistill.tasks.diagnose import Subjects, about, check_images, keep, number
 
 _FEWEST = 2  # images: what a standard error needs
 _PAIRS = ("similarity", "similarity_flat", "similarity_centred", "similarity_flat_centred")
@@ -48,12 +46,7 @@ class AttentionDiagnosis:
 def run(config: DiagnoseConfig, subjects: Subjects) -> AttentionDiagnosis:
     """Measure model after model, and write the record."""
     count = len(subjects.images)
-    if count < _FEWEST:
-        raise DataError(
-            f"{count} image to look at",
-            expected=f"at least {_FEWEST}, for errors over images",
-            fix="give more --images or other --data",
-        )
+    check_images(subjects, _FEWEST, ", for errors over images")
     start = time.monotonic()
     biases = {name: _bias(name, backbone) for name, backbone in subjects.models.items()}
     say(f"{count:,} images of {subjects.images.name}, seen by {', '.join(subjects.models)}")
@@ -78,13 +71,7 @@ def run(config: DiagnoseConfig, subjects: Subjects) -> AttentionDiagnosis:
         "models": models,
         "seconds": time.monotonic() - start,
     }
-    record = write_record(
-        record_file(config),
-        "diagnose-attention",
-        config=plain(config),
-        results=results,
-        arrays=arrays,
-    )
+    record = keep(config, subjects.runtime, results, arrays)
     _say_end(config, models)
     say(f"done in {duration(time.monotonic() - start)}: {record}")
     return AttentionDiagnosis(found, record)
@@ -113,23 +100,28 @@ def _bias(name: str, backbone: Backbone) -> ModelAttention:
 def _measure(
     config: DiagnoseConfig, subjects: Subjects, name: str, backbone: Backbone
 ) -> ModelAttention:
+    runtime = subjects.runtime
     loader = ordered_batches(
         subjects.images,
         EvalView(backbone.image_size[0], config.view.eval_crop),
         batch_size=config.data.batch_size,
         workers=config.data.workers,
+        share=runtime.share,
     )
     attention, seen = ModelAttention(_tokens(backbone)), 0
-    bar = Bar(f"attention of {name}")
-    bar.start(len(subjects.images), 0)
+    total = len(subjects.images)
+    bar = Countdown(f"attention of {name}", total, "images", quiet=not runtime.first)
     try:
         with capture_attention(backbone, attention):
             for batch, _ in features_of(backbone, plainly(loader)):
                 seen += len(batch)
-                bar.update(seen, "images")
+                bar.update(min(total, seen * runtime.share.world))
     finally:
         bar.stop()
-    return attention
+    merged, *others = runtime.collect(attention)
+    for other in others:
+        merged.merge(other)
+    return merged
 
 
 def _layer(

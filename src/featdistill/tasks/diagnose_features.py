@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,17 @@ import torch
 from torch import Tensor
 
 from featdistill.config.commands import DiagnoseConfig
-from featdistill.core.errors import DataError
-from featdistill.core.records import write_record
 from featdistill.core.types import Batch, Features
-from featdistill.data.loader import ordered_batches, plainly
+from featdistill.data.loader import Share, ordered_batches, plainly
 from featdistill.data.sources import Subset
 from featdistill.data.views import EvalView
 from featdistill.diagnostics.cka import LinearCKA
 from featdistill.diagnostics.features import NORM_EDGES, OUTLIER_RATIO, LayerMeasures, LayerResult
 from featdistill.diagnostics.pca import pca_pictures
-from featdistill.engine.tracking import Bar, duration, say
+from featdistill.engine.tracking import Countdown, duration, say
 from featdistill.evaluation.features import features_of
 from featdistill.models.backbone import Backbone
-from featdistill.tasks.common import plain
-from featdistill.tasks.diagnose import Subjects, about, number, record_file
+from featdistill.tasks.diagnose import Subjects, about, check_images, keep, number
 
 _FEWEST = 4  # images: what unbiased CKA needs
 
@@ -74,12 +72,7 @@ class _Model:
 def run(config: DiagnoseConfig, subjects: Subjects) -> FeaturesDiagnosis:
     """Measure, draw the pictures' colours, and write the record."""
     count = len(subjects.images)
-    if count < _FEWEST:
-        raise DataError(
-            f"{count} image{'' if count == 1 else 's'} to look at",
-            expected=f"at least {_FEWEST}: CKA compares models by how images differ",
-            fix="give more --images or other --data",
-        )
+    check_images(subjects, _FEWEST, ": CKA compares models by how images differ")
     start = time.monotonic()
     models = {name: _Model(backbone) for name, backbone in subjects.models.items()}
     say(f"{count:,} images of {subjects.images.name}, seen by {', '.join(models)}")
@@ -107,13 +100,7 @@ def run(config: DiagnoseConfig, subjects: Subjects) -> FeaturesDiagnosis:
         ],
         "seconds": time.monotonic() - start,
     }
-    record = write_record(
-        record_file(config),
-        "diagnose-features",
-        config=plain(config),
-        results=results,
-        arrays=arrays,
-    )
+    record = keep(config, subjects.runtime, results, arrays)
     _say_end(layers, record, results["seconds"])
     return FeaturesDiagnosis(cka.compute(), points, layers, record)
 
@@ -122,8 +109,8 @@ def _measure(config: DiagnoseConfig, subjects: Subjects, models: dict[str, _Mode
     """One pass over the images, all models side by side, so that nothing need be kept."""
     cka: LinearCKA | None = None
     streams = [_stream(config, subjects, one.backbone, one.indices) for one in models.values()]
-    bar = Bar("diagnose features")
-    bar.start(len(subjects.images), 0)
+    runtime, total = subjects.runtime, len(subjects.images)
+    bar = Countdown("diagnose features", total, "images", quiet=not runtime.first)
     seen = 0
     try:
         for together in zip(*streams, strict=True):
@@ -135,11 +122,25 @@ def _measure(config: DiagnoseConfig, subjects: Subjects, models: dict[str, _Mode
             cka = cka or LinearCKA(len(rows), block=config.features.block)
             cka.update(rows, together[0][0].indices)
             seen += len(rows[0])
-            bar.update(seen, "images")
+            bar.update(min(total, seen * runtime.share.world))
     finally:
         bar.stop()
     assert cka is not None
-    return cka
+    return _merged(models, cka, subjects)
+
+
+def _merged(models: dict[str, _Model], cka: LinearCKA, subjects: Subjects) -> LinearCKA:
+    """Put together what all processes measured, in `models` and in what is returned."""
+    mine = [one.measures for one in models.values()]
+    parts = subjects.runtime.collect((mine, cka))
+    (measures, whole), *others = parts
+    for theirs, other in others:
+        for layer, its in zip(chain(*measures), chain(*theirs), strict=True):
+            layer.merge(its)
+        whole.merge(other)
+    for one, merged in zip(models.values(), measures, strict=True):
+        one.measures = merged
+    return whole
 
 
 def _stream(
@@ -156,6 +157,7 @@ def _stream(
         EvalView(backbone.image_size[0], config.view.eval_crop),
         batch_size=config.data.batch_size,
         workers=config.data.workers,
+        share=Share() if chosen is not None else subjects.runtime.share,
     )
     return features_of(backbone, plainly(loader), layers)
 
@@ -166,7 +168,7 @@ def _pictures(
     """Add the pictures to the arrays; returns the shares of variance that they show."""
     total = len(subjects.images)
     count = min(config.features.pictures, total)
-    if not count:
+    if not count or not subjects.runtime.first:
         return {}
     chosen = np.arange(count) * total // count
     explained = {}

@@ -16,6 +16,7 @@ class DiagnoseRunConfig(Section):
     out: str = Field(description="output folder; new or empty")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    devices: Positive = Field(1, description="processes on this machine, one a device")
 
 
 class DiagnoseFeaturesConfig(Section):
