@@ -84,6 +84,23 @@ def test_maps_share_a_scale() -> None:
     assert len(images) == 10
     assert len({image.get_clim() for image in images}) == 1
     np.testing.assert_allclose(images[0].get_array(), 49 * arrays["0.map.0"])
+    low, high = images[0].get_clim()
+    shown = [np.asarray(image.get_array()) for image in images]
+    assert low == pytest.approx(min(np.quantile(m, 0.01) for m in shown), rel=1e-4)
+    assert high == pytest.approx(max(np.quantile(m, 0.99) for m in shown), rel=1e-4)
+
+
+def test_uniform_maps_look_uniform() -> None:
+    """And not like their rounding, blown up."""
+    results, arrays = attention()
+    noise = np.random.default_rng(0)
+    flat = {k: (1 + 1e-6 * noise.standard_normal(v.shape)) / 49 for k, v in arrays.items()}
+    with style.house():
+        figure = attention_figures.maps(results, flat)
+    assert figure is not None
+    low, high = figure.axes[0].images[0].get_clim()
+    assert low == 0
+    assert high == pytest.approx(1.05, rel=1e-4)
 
 
 @pytest.mark.parametrize(("steepness", "label"), [(1.0, "loss"), (100.0, "log10 of the loss")])

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 UNITS = {"pixels": "pixels", "patches": "patches", "relative": "share of uniform attention's"}
+_RARE = 0.01  # share of a map's weights beyond either end of the scale
 _MAPS = 5  # a column's width has room for five
 
 
@@ -108,15 +109,23 @@ def maps(results: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Figure
     columns = max(len(row) for _, row in rows)
     # as multiples of uniform attention, so that grids of any size share a scale
     scaled = [[(j, m * m.shape[-1]) for j, m in row] for _, row in rows]
-    top = max(float(np.quantile(m, 0.99)) for row in scaled for _, m in row)
-    height = 0.5 + len(rows) * (0.25 + style.WIDTH / (columns + 1))
+    low, high = _scale([m for row in scaled for _, m in row])
+    height = 0.35 + len(rows) * (0.2 + 0.82 * style.WIDTH / (columns + 0.6))
     figure, axes = plotstyle.panels(len(rows), columns, height=height, share_x=False, share_y=False)
     for line, (name, _), row in zip(axes, rows, scaled, strict=True):
         for axis in line[len(row) :]:
             axis.axis("off")
         for axis, (j, values) in zip(line, row, strict=False):
-            image = plotstyle.picture(axis, values, scale=(0, top), cmap=style.SEQUENTIAL)
+            image = plotstyle.picture(axis, values, scale=(low, high), cmap=style.SEQUENTIAL)
             plotstyle.title(axis, f"layer {j + 1}")
         line[0].set_ylabel(short(name, NARROW))
     plotstyle.colour_bar(figure, image, axes, "attention / uniform")
     return figure
+
+
+def _scale(maps: list[np.ndarray]) -> tuple[float, float]:
+    """One for all maps, without the rarest weights; from 0, near uniform maps have no shape."""
+    low = min(float(np.quantile(m, _RARE)) for m in maps)
+    high = max(float(np.quantile(m, 1 - _RARE)) for m in maps)
+    # nothing but rounding would fill a scale narrower than this
+    return (low, high) if high - low > 1e-3 * high else (0.0, 1.05 * high)
