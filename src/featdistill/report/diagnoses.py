@@ -117,8 +117,8 @@ def _attention(gallery: Gallery, found: Found) -> Iterator[Section]:
                 "Mean attention maps",
                 "Attention from each token (row) to each token (column), mean over heads and "
                 f"{images}, as multiples of uniform attention; one scale, cut at the first "
-                "and last percentile. A bright diagonal: tokens look near themselves; bright columns: "
-                "all look at the same ones.",
+                "and last percentile. A bright diagonal: tokens look near themselves; bright "
+                "columns: all look at the same ones.",
                 f"Mean maps of {', '.join(names)}.",
             )
         )
