@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -237,7 +238,6 @@ def test_a_second_call_in_a_pass_has_a_name_of_its_own() -> None:
 
 def test_nothing_is_kept() -> None:
     """When a layer is handed over, the one before it is gone."""
-    import gc
     import weakref
 
     alive: list[weakref.ref[Tensor]] = []
@@ -251,6 +251,38 @@ def test_nothing_is_kept() -> None:
     with torch.no_grad(), capture_attention(model, sink):
         model(images_for("vit"))
     assert len(alive) == 2
+
+
+@pytest.mark.parametrize("change", [{"depth": 6}, {"passes": 5}])
+def test_memory_grows_neither_with_depth_nor_with_images(change: dict[str, int]) -> None:
+    """With all measures on: what is alive of a layer's maps when it has been measured."""
+    small = {"depth": 2, "passes": 1}
+    assert _largest_alive(**small) == _largest_alive(**{**small, **change})
+
+
+@torch.no_grad()
+def _largest_alive(*, depth: int, passes: int) -> int:
+    """Most bytes of tensors with a map for each of 5 images, whenever a layer was measured."""
+    from featdistill.diagnostics.attention_model import ModelAttention, Tokens
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, **{**SMALL, "depth": depth})
+    attention, alive = ModelAttention(Tokens((4, 4), 1)), [0]
+
+    def sink(seen: CapturedAttention) -> None:
+        attention(seen)
+        maps = [
+            t
+            for t in gc.get_objects()
+            if type(t) is Tensor and t.ndim == 4 and len(t) == 5 and {*t.shape[1:]} & {16, 17}
+        ]
+        alive.append(sum({t.untyped_storage().data_ptr(): t.nbytes for t in maps}.values()))
+
+    with capture_attention(model.eval(), sink):
+        for _ in range(passes):
+            model(images_for("vit", 5))
+    assert len(alive) == 1 + depth * passes
+    assert max(alive) >= 5 * 2 * 17 * 17 * 4  # the layer's own weights, at least
+    return max(alive)
 
 
 def test_training_is_not_disturbed() -> None:
