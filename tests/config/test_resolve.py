@@ -35,6 +35,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "features": {"model": "a", "data": "digits", "out": "o"},
     "pretrain": {"data": "digits", "out": "o"},
     "export": {"model": "a", "out": "o"},
+    "curvature": {"model": ["a"], "data": "digits", "out": "o"},
     "landscape": {"model": ["a"], "data": "digits", "out": "o"},
     "diagnose": {"kind": "features", "model": ["a"], "data": "digits", "out": "o"},
     "report": {"run": ["a"]},

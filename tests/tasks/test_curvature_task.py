@@ -73,7 +73,9 @@ def test_the_record_has_everything(found: Any) -> None:
 
 def test_the_page_shows_it(found: Any, tmp_path: Path) -> None:
     assert main(["report", str(found.record.parent), "--out", str(tmp_path / "report")]) == 0
-    assert "The steepest directions" in next((tmp_path / "report").glob("*.html")).read_text()
+    page = next((tmp_path / "report").glob("*.html")).read_text()
+    assert "The steepest directions" in page
+    assert f"student {found.models['student'].trace:.4g} \N{PLUS-MINUS SIGN}" in page
 
 
 def test_of_a_classifier_it_is_the_dense_hessian(tiny: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -138,13 +138,26 @@ def _curvature(gallery: Gallery, found: Found) -> Iterator[Section]:
         "eigenvalues",
         "The steepest directions",
         f"Largest eigenvalues of the Hessian of {results['objective']} (loss for each squared unit "
-        f"of the weights), {images_of(results)}; whiskers: residuals of the eigenvectors.",
+        f"of the weights), {images_of(results)}; whiskers: residuals of the eigenvectors."
+        + _traces(results["models"]),
         _per_model(top, lambda model: model["eigenvalues"][0], "largest {:.4g}", ""),
     )
     yield Section(
         "Curvature",
         "Large eigenvalues are directions in which the loss bends sharply; smaller is flatter.",
         (shown,),
+    )
+
+
+def _traces(models: Sequence[Mapping[str, Any]]) -> str:
+    """The sum of all eigenvalues, where it was estimated."""
+    said = [
+        f"{m['name']} {m['trace']:.4g} \N{PLUS-MINUS SIGN} {m['trace_error']:.2g}"
+        for m in models
+        if m["trace"] is not None and m["trace_error"] is not None
+    ]
+    return (
+        f" Sum of all eigenvalues (trace, with standard error): {', '.join(said)}." if said else ""
     )
 
 
