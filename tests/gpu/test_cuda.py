@@ -125,3 +125,18 @@ def test_the_whole_loop(tmp_path: Path) -> None:
         teacher=teacher, student=student, out=tmp_path / "compared", seeds=[1], lrs=[1.0], **short
     )
     assert compared.report.is_file()
+
+
+def test_landscape_and_curvature_are_those_of_the_cpu(tmp_path: Path) -> None:
+    run = {"tensorboard": False}
+    featdistill.distill(out=tmp_path / "run", run=run, **{**OPTIONS, "device": "cpu"})
+    found: dict[str, Any] = {}
+    for device in ("cpu", "cuda"):
+        options = {"model": str(tmp_path / "run"), "data": "digits", "images": 32, "device": device}
+        plane = featdistill.landscape(grid=3, out=tmp_path / f"plane-{device}", **options)
+        bent = featdistill.curvature(top=2, probes=2, out=tmp_path / f"bent-{device}", **options)
+        record = json.loads(bent.record.read_text())["results"]["models"][0]
+        [losses_there] = plane.losses.values()
+        found[device] = losses_there.ravel().tolist(), record["eigenvalues"]
+    for here, there in zip(found["cpu"], found["cuda"], strict=True):
+        assert there == pytest.approx(here, rel=1e-2)
