@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from featdistill.data.views import View
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.best import Best, Choice
 from featdistill.engine.checkpoint import Checkpoints, restore, training_state
+from featdistill.engine.cost import CostMeter, Spent
 from featdistill.engine.meter import Meter
 from featdistill.engine.optimizer import set_rates
 from featdistill.engine.quarantine import Quarantine
@@ -78,7 +79,8 @@ class FitResult:
     Attributes:
         step: steps done.
         finished: whether they are all.
-        seconds: of this session.
+        seconds: of all sessions, without what a kill undid.
+        joules: likewise; None where the machine does not count them.
         last: the last logged values.
     """
 
@@ -86,6 +88,7 @@ class FitResult:
     finished: bool
     seconds: float
     last: Mapping[str, float] = field(default_factory=dict)
+    joules: float | None = None
 
 
 def check_batch(batch_size: int, *, processes: int, micro_batches: int, even: bool = False) -> None:
@@ -159,7 +162,7 @@ def _fit(
     wrapped, stepper = runtime.prepare(objective, optimizer)
     if average is not None:
         average.start()  # only now are the weights on their device
-    start = 0
+    start, earlier = 0, Spent()
     if resume and (checkpoint := checkpoints.latest()) is not None:
         before, now = checkpoint.manifest.get("data_images"), len(plan.source)
         if before != now:
@@ -168,7 +171,7 @@ def _fit(
                 fix="put the data back, or begin a new run",
             )
         restore(checkpoint, objective, optimizer, average)
-        start = checkpoint.step
+        start, earlier = checkpoint.step, Spent.of_manifest(checkpoint.manifest)
         say(f"resumed at step {start} from {checkpoint.path}")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
     metrics = MetricsLog(folder, resume_at=start, tensorboard=plan.tensorboard, first=runtime.first)
@@ -182,6 +185,7 @@ def _fit(
         runtime=runtime,
         metrics=metrics,
         checkpoints=checkpoints,
+        cost=CostMeter(runtime.energy_counter(), earlier),
         quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
         evaluate=evaluate,
         average=average,
@@ -204,6 +208,7 @@ class _Loop:
     runtime: Runtime
     metrics: MetricsLog
     checkpoints: Checkpoints
+    cost: CostMeter
     quarantine: Quarantine
     evaluate: Callable[[], Mapping[str, float]] | None
     average: WeightAverage | None
@@ -246,7 +251,8 @@ class _Loop:
             self.bar.stop()
         assert saved == max(start, stop)
         finished = stop == plan.schedule.steps
-        return FitResult(stop, finished, time.monotonic() - began, self.last)
+        spent = self._spent()
+        return FitResult(stop, finished, spent.seconds, self.last, spent.joules)
 
     def _batches(self, start: int, stop: int, meter: Meter) -> Iterator[Batch]:
         """Batches of the steps to do, timing how long the loop waits for them."""
@@ -322,6 +328,7 @@ class _Loop:
             values["bad_images"] = len(self.quarantine)
         self.last |= values
         self.metrics.write(done, values)
+        self.cost.now()  # a counter that overflows wants to be read now and then
         left = (time.monotonic() - began) / (done - start) * (plan.schedule.steps - done)
         self.bar.update(
             done,
@@ -342,8 +349,15 @@ class _Loop:
         if self.best is not None:
             self.best.offer(done, scores, self.objective)
 
+    def _spent(self) -> Spent:
+        """The cost so far; energy summed over processes."""
+        spent = self.cost.now()
+        return Spent(spent.seconds, self.runtime.sum_known(spent.joules))
+
     def _save(self, done: int) -> None:
+        spent = self._spent()
         if self.runtime.first:
             state = training_state(self.objective, self.optimizer, self.average)
-            self.checkpoints.save(done, state, {"data_images": len(self.plan.source)})
+            extra = {"data_images": len(self.plan.source), **asdict(spent)}
+            self.checkpoints.save(done, state, extra)
         self.runtime.barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,15 @@ def open_run(
     resume: bool,
     first: bool = True,
     weights: Mapping[str, str] | None = None,
-    harmless: Iterable[str] = (),
+    may_change: frozenset[str] = frozenset(),
 ) -> Path:
     """Make a run's folder, or open it again; of several processes, only the first touches it.
 
     Args:
         weights: which weights the run begins from, by the model's part in it; a file of the same
             name may hold others when the run is resumed.
-        harmless: more options that may differ when it is resumed, because they change no result.
+        may_change: settings by dotted path that a resumed run may have otherwise, since what was
+            done so far holds whatever they are.
 
     Raises:
         RunError: see `check_out`; or the resumed run had another configuration or other weights.
@@ -98,14 +99,17 @@ def open_run(
         return path
     check_out(out, resume=resume)
     values = config.model_dump(mode="json")
+    changed, known = False, dict[str, str]()
     if resume:
-        _check_same(path, config, _HARMLESS.union(harmless))
-        _check_weights(path, weights or {})
+        changed = _check_same(path, config, may_change)
+        known = _check_weights(path, weights or {})
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if not resume or changed:
             if weights:
-                write_json(path / _WEIGHTS, dict(weights))
+                write_json(path / _WEIGHTS, {**known, **weights})
+            if changed:
+                values["run"]["resume"] = False  # as the first session wrote it
             # the last, and at once: with it a folder is a run that can be resumed
             begun = path / f".config.{os.getpid()}.yaml"
             begun.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -119,7 +123,8 @@ def open_run(
     return path
 
 
-def _check_same(path: Path, config: BaseModel, harmless: frozenset[str]) -> None:
+def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bool:
+    """Refuse what cannot go on; whether something of `may_change` changed."""
     try:
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -131,20 +136,22 @@ def _check_same(path: Path, config: BaseModel, harmless: frozenset[str]) -> None
     differ = [
         f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in harmless
+        if old.get(key) != new.get(key) and key not in _HARMLESS | may_change
     ]
     if differ:
         raise RunError(
             f"the run in '{path}' had another configuration ({'; '.join(differ)})",
             fix="resume with the same options, or begin a new run in another --out",
         )
+    return any(old.get(key) != new.get(key) for key in may_change)
 
 
-def _check_weights(path: Path, weights: Mapping[str, str]) -> None:
+def _check_weights(path: Path, weights: Mapping[str, str]) -> dict[str, str]:
+    """Refuse other weights; those that the run began from."""
     try:
-        before = json.loads((path / _WEIGHTS).read_text(encoding="utf-8"))
+        before: dict[str, str] = json.loads((path / _WEIGHTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return  # a run of an earlier version
+        return {}  # a run of an earlier version
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read '{path / _WEIGHTS}' ({error})") from None
     differ = [
@@ -157,6 +164,7 @@ def _check_weights(path: Path, weights: Mapping[str, str]) -> None:
             f"the run in '{path}' began from other weights ({'; '.join(differ)})",
             fix="put the file back, or begin a new run in another --out",
         )
+    return before
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from featdistill.core.errors import RunError
 from featdistill.core.types import Batch, Loss
 from featdistill.data.loader import Share
+from featdistill.engine.cost import Counter, Nothing, energy_counter
 from featdistill.engine.tracking import console
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -170,6 +172,20 @@ class Runtime:
         if self.share.world == 1:
             return value
         return self.fabric.all_reduce(value, reduce_op="sum")
+
+    def sum_known(self, value: float | None) -> float | None:
+        """Sum over all processes; None if one of them does not know its part."""
+        if self.share.world == 1:
+            return value
+        part = math.nan if value is None else value
+        total = self.sum(torch.tensor(part, dtype=torch.float64, device=self.device)).item()
+        return None if math.isnan(total) else total
+
+    def energy_counter(self) -> Counter | None:
+        """Of this process's GPU; on a CPU, which processes share, for the first on it alone."""
+        if self.device.type == "cpu" and self.fabric.local_rank:
+            return Nothing()
+        return energy_counter(self.device)
 
     def gather(self, value: Tensor) -> Tensor:
         """Concatenation over all processes of 1-d or 2-d tensors that may differ in length."""

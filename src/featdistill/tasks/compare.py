@@ -1,53 +1,48 @@
 """`featdistill compare`: is the distilled model better for you than what you had?
 
-Teacher, student and (if wanted) the student's shape from nothing are fine-tuned by one recipe, on
-the same labels, under the same seeds. Each row's learning rate is chosen on a part of the training
-labels, never on the images that are scored.
+Teacher, student, any further models and (if wanted) the student's shape from nothing are
+fine-tuned by one recipe, on the same labels, under the same seeds. Each row's learning rate is
+chosen on a part of the training labels, never on the images that are scored.
 """
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from featdistill.config.commands import CompareConfig
-from featdistill.config.sections import ModelConfig
 from featdistill.core.errors import ConfigError
-from featdistill.core.records import read_record, write_record
+from featdistill.core.records import write_record
 from featdistill.data.loader import steps_per_epoch
 from featdistill.data.sources import Source
 from featdistill.data.splits import label_budget, split
 from featdistill.engine.loop import check_batch
 from featdistill.engine.rundir import check_out, open_run
-from featdistill.engine.runtime import Runtime
-from featdistill.engine.schedule import scaled_rate
 from featdistill.engine.tracking import console, duration, say
-from featdistill.evaluation.paired import differences, verdict
+from featdistill.evaluation.paired import LEVEL, RESAMPLES, Hits, Paired, paired, verdict
 from featdistill.models.backbone import Backbone
-from featdistill.models.students import build_fresh
 from featdistill.models.weights import tensors_hash
-from featdistill.tasks.common import data_of, model_of, plain, runtime_of, schedule_of
-from featdistill.tasks.finetune import check_labels, classification, tune
-from featdistill.tasks.finetune_record import score_arrays
+from featdistill.tasks.common import data_of, plain, runtime_of, schedule_of
+from featdistill.tasks.compare_fits import (
+    Progress,
+    Setting,
+    cost_of,
+    fit_once,
+    layer_decay,
+    sweep,
+)
+from featdistill.tasks.compare_rows import Row, keep_inputs, own_size, rows_of, weights_of
+from featdistill.tasks.finetune import check_labels, classification
 from featdistill.tasks.knn import knn_of
 
-
-@dataclass(frozen=True)
-class Row:
-    """One model of the comparison.
-
-    Attributes:
-        make: builds it; from a seed, where its weights are random.
-    """
-
-    name: str
-    title: str
-    make: Callable[[int], Backbone]
+# rows and seeds are each done by themselves, so a finished comparison may get more of them
+_MAY_CHANGE = frozenset(("also", "scratch", "seeds"))
 
 
 @dataclass(frozen=True)
@@ -67,67 +62,79 @@ class CompareResult:
 
 
 @dataclass(frozen=True)
-class _Setting:
-    """What all rows share."""
+class _Done:
+    """A row with its scores.
 
-    config: CompareConfig
-    train: Source
-    held: Source
-    classes: tuple[str, ...]
-    runtime: Runtime
-    folder: Path
-    fits: int
+    Attributes:
+        record: as `compare.json` has it.
+        hits: (seeds, held-out images) what was classified rightly.
+    """
 
-    def rate(self, factor: float) -> float:
-        optimizer = self.config.optimizer
-        return factor * scaled_rate(optimizer.lr, optimizer.lr_per_512, self.config.data.batch_size)
-
-    def labels(self, seed: int) -> Source:
-        """The training images whose labels a seed may use."""
-        budget = self.config.data.labels
-        return self.train if budget is None else label_budget(self.train, budget, seed)
+    record: dict[str, Any]
+    hits: Hits
 
 
 def run(config: CompareConfig) -> CompareResult:
     """Fine-tune every row under every seed, score, and write the record and the page."""
     began = time.monotonic()
+    setting, rows, size = _prepare(config)
+    say(
+        f"{len(rows)} models x ({len(config.lrs) if len(config.lrs) > 1 else 0} learning rates + "
+        f"{len(config.seeds)} seeds) = {setting.progress.fits} fine-tunings on "
+        f"{setting.runtime.describe()}"
+    )
+    with setting.progress.interruptible():
+        done = [_row(setting, row, f"{n} of {len(rows)} models") for n, row in enumerate(rows, 1)]
+    pairs = _pairs(config, {one.record["name"]: one.hits for one in done})
+    for row in (one.record for one in done):
+        if warning := _edge(row):
+            say(warning)
+    results: dict[str, Any] = {
+        "data": {
+            "name": setting.train.name,
+            "train_images": len(setting.train),
+            "labels": config.data.labels,
+            "labelled_images": len(setting.labels(config.seeds[0])),
+            "test_images": len(setting.held),
+            "classes": len(setting.classes),
+        },
+        "recipe": _recipe(setting, size),
+        "rows": [one.record for one in done],
+        "differences": [_difference(of, minus, pair) for (of, minus), pair in pairs.items()],
+        "verdict": verdict(pairs["student", "teacher"]),
+        "seconds": time.monotonic() - began,
+    }
+    file = setting.folder / "compare.json"
+    if not setting.runtime.first:
+        page = setting.folder / "report" / "index.html"
+        return CompareResult(results, results["verdict"], file, page)
+    return _report(write_record(file, "compare", config=plain(config), results=results), results)
+
+
+def _prepare(config: CompareConfig) -> tuple[Setting, list[Row], int]:
+    """Everything that may be wrong, before any long work; and the run's folder."""
     check_out(config.run.out, resume=config.run.resume)
     data = data_of(config.data, config.run.seed)
     train, held, classes = check_labels(data, budget=None, seed=config.run.seed)
     _check_sizes(config, train)
     runtime = runtime_of(config.run)
-    size = config.view.image_size or _own_size(config)
-    rows = _rows(config, size)
-    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
-    sweeps = len(config.lrs) if len(config.lrs) > 1 else 0
-    fits = len(rows) * (sweeps + len(config.seeds))
-    setting = _Setting(config, train, held, classes, runtime, folder, fits)
-    if runtime.first:
-        _keep_inputs(config, folder)
-    say(
-        f"{len(rows)} models x ({sweeps} learning rates + {len(config.seeds)} seeds) = {fits} "
-        f"fine-tunings on {runtime.describe()}"
+    size = config.view.image_size or own_size(config)
+    rows = rows_of(config, size)
+    for row in rows:  # whether its features suit the classifier
+        classification(row.make(config.run.seed), config, classes=classes, runtime=runtime)
+    folder = open_run(
+        config.run.out,
+        config,
+        resume=config.run.resume,
+        first=runtime.first,
+        weights=weights_of(rows),
+        may_change=_MAY_CHANGE,
     )
-    done = [_row(setting, row, number) for number, row in enumerate(rows)]
-    results: dict[str, Any] = {
-        "data": {
-            "name": train.name,
-            "train_images": len(train),
-            "labels": config.data.labels,
-            "labelled_images": len(setting.labels(config.seeds[0])),
-            "test_images": len(held),
-            "classes": len(classes),
-        },
-        "recipe": _recipe(setting, size),
-        "rows": done,
-        "differences": differences(done),
-        "verdict": verdict(done),
-        "seconds": time.monotonic() - began,
-    }
-    file = folder / "compare.json"
-    if not runtime.first:
-        return CompareResult(results, results["verdict"], file, folder / "report" / "index.html")
-    return _report(write_record(file, "compare", config=plain(config), results=results), results)
+    if runtime.first:
+        keep_inputs(config, folder)
+    sweeps = len(config.lrs) if len(config.lrs) > 1 else 0
+    progress = Progress(len(rows) * (sweeps + len(config.seeds)))
+    return Setting(config, train, held, classes, runtime, folder, progress), rows, size
 
 
 def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:
@@ -139,11 +146,6 @@ def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:
     say(f"\n{results['verdict']}")
     say(f"in {duration(results['seconds'])}; report: {page}")
     return CompareResult(results, results["verdict"], record, page)
-
-
-def _own_size(config: CompareConfig) -> int:
-    """The student's own image size, at which all rows are compared unless told otherwise."""
-    return model_of(config.student, quiet=True).image_size[0]
 
 
 def _check_sizes(config: CompareConfig, train: Source) -> None:
@@ -164,63 +166,26 @@ def _check_sizes(config: CompareConfig, train: Source) -> None:
     )
 
 
-def _rows(config: CompareConfig, size: int) -> list[Row]:
-    def loaded(model: ModelConfig) -> Callable[[int], Backbone]:
-        return lambda _: model_of(model, image_size=size, seed=config.run.seed, quiet=True)
-
-    student = loaded(config.student)
-    rows = [
-        Row("teacher", "Teacher", loaded(config.teacher)),
-        Row("student", "Distilled student", student),
-    ]
-    shape = student(0)
-    # a model that cannot be loaded is said so now, and what became of its tensors
-    model_of(config.teacher, image_size=size, seed=config.run.seed)
-    if config.scratch and shape.build is not None:
-        mean, std = shape.rgb
-        build = shape.build
-
-        def scratch(seed: int) -> Backbone:
-            return build_fresh(
-                build, spec=config.student.spec, seed=seed, mean=mean, std=std, image_size=size
-            )
-
-        rows.append(Row("scratch", "From scratch", scratch))
-    elif config.scratch:
-        say("note: no row from scratch, since the student's shape is not one of timm's")
-    return rows
-
-
-def _keep_inputs(config: CompareConfig, folder: Path) -> None:
-    """Copy how teacher and student came to be, so that the page can be made again from here."""
-    for name, spec in (("teacher", config.teacher.spec), ("student", config.student.spec)):
-        source = Path(spec).expanduser()
-        for file in ("metrics.jsonl", "config.yaml", "distill.json", "pretrain.json"):
-            if (source / file).is_file():
-                (folder / "inputs" / name).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / file, folder / "inputs" / name / file)
-
-
-def _row(setting: _Setting, row: Row, number: int) -> dict[str, Any]:
+def _row(setting: Setting, row: Row, place: str) -> _Done:
     config = setting.config
-    sweep = _sweep(setting, row)
-    factor = max(sweep, key=lambda s: s["val_top1"])["factor"] if sweep else config.lrs[0]
-    runs = []
-    for seed in config.seeds:
-        name = f"seed-{seed}"
-        result = _fit(
+    tried = sweep(setting, row)
+    factor = tried.best() if tried.trials else config.lrs[0]
+    fits = [
+        fit_once(
             setting,
             row,
-            name,
+            f"seed-{seed}",
             seed=seed,
             factor=factor,
             train=setting.labels(seed),
             held=setting.held,
         )
-        runs.append({"seed": seed, **result})
+        for seed in config.seeds
+    ]
     model = row.make(config.seeds[0])
+    about = _model(model, row)
     scores = _knn(setting, row, model)
-    values = [r["top1"] for r in runs]
+    values = [fit.results["top1"] for fit in fits]
     spread = statistics.stdev(values) if len(values) > 1 else None
     mean = statistics.fmean(values)
     say(
@@ -228,19 +193,27 @@ def _row(setting: _Setting, row: Row, number: int) -> dict[str, Any]:
         + (f" +- {spread:.2%}" if spread is not None else "")
         + f" over {len(values)} seeds, learning rate {setting.rate(factor):.2g}"
         + (f", kNN {max(scores.values()):.2%}" if scores else "")
-        + f" ({number + 1} of the models done)"
+        + f" ({place} done{setting.progress.left()})"
     )
-    return {
+    record = {
         "name": row.name,
         "title": row.title,
-        "model": _model(model, row),
-        "sweep": sweep,
+        "model": about,
+        "sweep": tried.trials,
         "lr": setting.rate(factor),
-        "layer_decay": _layer_decay(config, row),
-        "runs": runs,
+        "layer_decay": layer_decay(config, row),
+        "runs": [
+            {"seed": seed, **fit.results} for seed, fit in zip(config.seeds, fits, strict=True)
+        ],
         "top1": {"mean": mean, "std": spread, "n": len(values)},
         "knn": scores,
+        "cost": {
+            "made": [asdict(stage) for stage in row.past.stages],
+            "unknown": list(row.past.unknown),
+            "finetuning": cost_of([*tried.fits, *fits], tried.lost),
+        },
     }
+    return _Done(record, np.stack([fit.hits for fit in fits]))
 
 
 def _model(model: Backbone, row: Row) -> dict[str, Any]:
@@ -251,97 +224,52 @@ def _model(model: Backbone, row: Row) -> dict[str, Any]:
         "image_size": model.image_size[0],
         "width": model.width,
         "grid": list(model.grid),
-        "weights": "random, by seed" if row.name == "scratch" else model.origin.weights,
+        "weights": "random, by seed" if row.fresh else model.origin.weights,
         "sha256": tensors_hash(model.model),
     }
 
 
-def _sweep(setting: _Setting, row: Row) -> list[dict[str, Any]]:
-    """Each learning rate's accuracy on a held-out part of the training labels."""
-    config = setting.config
-    if len(config.lrs) == 1:
-        return []
-    seed = config.run.seed
-    rest, chosen_on = split(setting.labels(seed), config.sweep_fraction, seed)
-    found = []
-    for factor in config.lrs:
-        name = f"lr-{setting.rate(factor):.2g}"
-        result = _fit(setting, row, name, seed=seed, factor=factor, train=rest, held=chosen_on)
-        found.append(
-            {
-                "factor": factor,
-                "lr": setting.rate(factor),
-                "val_top1": result["top1"],
-                "folder": result["folder"],
-            }
-        )
-    return found
+def _edge(row: Mapping[str, Any]) -> str | None:
+    """A warning if a better learning rate may lie outside of those tried."""
+    tried = [trial["lr"] for trial in row["sweep"]]
+    if not tried or row["lr"] not in (min(tried), max(tried)):
+        return None
+    return (
+        f"warning: {row['title']} did best at the outermost learning rate tried, {row['lr']:.2g}; "
+        "a better one may lie beyond: repeat with more values for --lrs, or a larger --extend-lrs"
+    )
 
 
-def _fit(
-    setting: _Setting,
-    row: Row,
-    name: str,
-    *,
-    seed: int,
-    factor: float,
-    train: Source,
-    held: Source,
-) -> dict[str, Any]:
-    """One fine-tuning, unless its result is already there."""
-    config = setting.config
-    folder = setting.folder / "rows" / row.name / name
-    relative = str(folder.relative_to(setting.folder))
-    file = folder / "result.json"
-    if config.run.resume and file.is_file():
-        return {**read_record(file, "compare-fit")["results"], "folder": relative}
-    folder.mkdir(parents=True, exist_ok=True)
-    job = config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"seed": seed, "tensorboard": False}),
-            "optimizer": config.optimizer.model_copy(
-                update={"lr": setting.rate(factor), "layer_decay": _layer_decay(config, row)}
-            ),
-        }
-    )
-    tuned = tune(
-        classification(row.make(seed), job, classes=setting.classes, runtime=setting.runtime),
-        job,
-        train=train,
-        held=held,
-        runtime=setting.runtime,
-        folder=folder,
-        title=f"{row.title}, {name}",
-    )
-    assert tuned.scores is not None, "compare has no stop_at"
-    result = {
-        "top1": tuned.scores.top1,
-        "top5": tuned.scores.top5,
-        "loss": tuned.scores.loss,
-        "seconds": tuned.fit.seconds,
+def _pairs(config: CompareConfig, hits: Mapping[str, Hits]) -> dict[tuple[str, str], Paired]:
+    """Every row against the teacher, the student first; and the student against its fresh self."""
+    against = [("student", "teacher")]
+    against += [(name, "teacher") for name in hits if name not in ("teacher", "student")]
+    if "scratch" in hits:
+        against.append(("student", "scratch"))
+    return {
+        (of, minus): paired(hits[of], hits[minus], seed=config.run.seed) for of, minus in against
     }
-    if not setting.runtime.first:
-        return {**result, "folder": relative}
-    write_record(
-        file,
-        "compare-fit",
-        config={"row": row.name, "seed": seed, "lr": setting.rate(factor)},
-        results=result,
-        arrays=score_arrays(tuned.scores),
-    )
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of many models, the scores stay
-    return {**result, "folder": relative}
 
 
-def _layer_decay(config: CompareConfig, row: Row) -> float:
-    """The recipe's; but layers without knowledge to keep all learn at the full rate."""
-    return 1.0 if row.name == "scratch" else config.optimizer.layer_decay
+def _difference(of: str, minus: str, pair: Paired) -> dict[str, Any]:
+    return {
+        "of": of,
+        "minus": minus,
+        "per_seed": list(pair.per_seed),
+        "mean": pair.mean,
+        "std": pair.std,
+        "n": len(pair.per_seed),
+        "interval": None if pair.interval is None else list(pair.interval),
+        "images_interval": list(pair.images),
+        "level": LEVEL,
+        "resamples": RESAMPLES,
+    }
 
 
-def _knn(setting: _Setting, row: Row, model: Backbone) -> dict[str, float] | None:
+def _knn(setting: Setting, row: Row, model: Backbone) -> dict[str, float] | None:
     """kNN accuracy by k, as text keys; None for a model that has learnt nothing."""
     config = setting.config
-    if config.knn is None or row.name == "scratch":
+    if config.knn is None or row.fresh:
         return None
     model.to(setting.runtime.device)
     found = knn_of(
@@ -356,7 +284,7 @@ def _knn(setting: _Setting, row: Row, model: Backbone) -> dict[str, float] | Non
     return {str(k): v for k, v in found.items()}
 
 
-def _recipe(setting: _Setting, size: int) -> dict[str, Any]:
+def _recipe(setting: Setting, size: int) -> dict[str, Any]:
     config = setting.config
     images = len(setting.labels(config.seeds[0]))
     batch = config.data.batch_size

@@ -34,7 +34,7 @@ from featdistill.tasks.losses import Gathered, images_record, subject_record, su
 from featdistill.tasks.preflight import is_out_of_memory
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_HARMLESS = ("run.devices", "run.threads", "memory", "names")
+_HARMLESS = frozenset(("run.devices", "run.threads", "memory", "names"))
 _DEVIATION = 0.1  # of a product from differences of the gradient: more is worth a warning
 
 
@@ -72,7 +72,7 @@ def run(config: CurvatureConfig) -> CurvatureResult:
         resume=config.run.resume,
         first=runtime.first,
         weights={**identity, "images": fingerprint(gathered.images)},
-        harmless=_HARMLESS,
+        may_change=_HARMLESS,
     )
     runtime.barrier()
     session = _Session(config, gathered, search, runtime, folder)

@@ -15,7 +15,7 @@ from featdistill.core.records import write_record
 from featdistill.core.seeds import SampleStream
 from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.best import read_best
-from featdistill.engine.loop import fit
+from featdistill.engine.loop import FitResult, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run, read_metrics
 from featdistill.engine.tracking import console, duration, log, say
@@ -38,7 +38,7 @@ class DistillResult:
         out: the run's folder.
         export: the timm-loadable student; None if the run stopped early.
         steps: done.
-        seconds: of this session.
+        seconds: of all its sessions.
         last: last logged values: loss, cosine, ...
     """
 
@@ -85,7 +85,7 @@ def run(config: DistillConfig) -> DistillResult:
     )
     exported = None
     if result.finished and assembly.runtime.first:
-        exported = _finish(config, assembly, folder, result.seconds, result.last)
+        exported = _finish(config, assembly, folder, result)
     elif not result.finished:
         say(f"stopped at step {result.step} of {assembly.schedule.steps}; go on with --resume")
     return DistillResult(
@@ -165,19 +165,17 @@ def _finish(
     config: DistillConfig,
     assembly: Assembly,
     folder: Path,
-    seconds: float,
-    last: Mapping[str, float],
+    result: FitResult,
 ) -> Exported:
     """Export the student, and the best one too if one was kept; say what to do next."""
-    exported = _keep(
-        config, assembly, folder, step=assembly.schedule.steps, seconds=seconds, last=last
-    )
+    step = assembly.schedule.steps
+    exported = _keep(config, assembly, folder, result, step=step, last=result.last)
     say(
-        f"done in {duration(seconds)}; the student, for plain timm (checked to "
+        f"done in {duration(result.seconds)}; the student, for plain timm (checked to "
         f"{exported.difference:.0e}):\n"
     )
     say(exported.snippet)
-    _keep_best(config, assembly, folder, seconds)
+    _keep_best(config, assembly, folder, result)
     weights = config.teacher.weights
     out = config.run.out.rstrip("/")
     words = [
@@ -194,16 +192,16 @@ def _keep(
     config: DistillConfig,
     assembly: Assembly,
     folder: Path,
+    result: FitResult,
     *,
     step: int,
-    seconds: float,
     last: Mapping[str, float],
     chosen: str | None = None,
 ) -> Exported:
     """Write the export and the record of the student as it was after a step.
 
     Args:
-        seconds: of the whole session.
+        result: of the whole run.
         last: the newest values logged by then.
         chosen: by which score this step was chosen; None: it is the last.
     """
@@ -235,7 +233,8 @@ def _keep(
         results={
             "steps": step,
             "images_seen": views,
-            "seconds": seconds,
+            "seconds": result.seconds,
+            "joules": result.joules,
             "pairing": asdict(objective.pairing),
             "last": dict(last),
             "notes": list(assembly.notes),
@@ -248,7 +247,7 @@ def _keep(
     return exported
 
 
-def _keep_best(config: DistillConfig, assembly: Assembly, folder: Path, seconds: float) -> None:
+def _keep_best(config: DistillConfig, assembly: Assembly, folder: Path, result: FitResult) -> None:
     """The best student as a small run folder, `best/`; the objective then holds that one."""
     best = read_best(folder / "checkpoints" / "best") if assembly.best else None
     if best is None:
@@ -265,8 +264,8 @@ def _keep_best(config: DistillConfig, assembly: Assembly, folder: Path, seconds:
         config,
         assembly,
         folder / "best",
+        result,
         step=best.step,
-        seconds=seconds,
         last=values,
         chosen=chosen,
     )

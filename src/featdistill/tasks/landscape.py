@@ -50,7 +50,7 @@ _RADIUS = 1.0
 _REPEATS = {"plane": 1, "line": 10, "between": 1}
 _LEVELS = {"classification": (0.1, 0.5, 1.0), "distillation": (0.01, 0.05, 0.1)}
 # what changes no point, or only by rounding that the user asks for
-_HARMLESS = ("run.devices", "run.threads", "memory", "names", "levels")
+_HARMLESS = frozenset(("run.devices", "run.threads", "memory", "names", "levels"))
 _UNITS = {
     "plane": "steps along both directions, in norms of each filter's weights",
     "line": "steps along the direction, in norms of each filter's weights",
@@ -122,7 +122,7 @@ def run(config: LandscapeConfig) -> LandscapeResult:
         resume=config.run.resume,
         first=runtime.first,
         weights=_identity(gathered),
-        harmless=_HARMLESS,
+        may_change=_HARMLESS,
     )
     runtime.barrier()
     report = _Report(config, gathered, frame, sweep, folder)

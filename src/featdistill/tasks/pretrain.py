@@ -139,6 +139,7 @@ def _finish(
             "steps": result.step,
             "images_seen": result.step * config.data.batch_size,
             "seconds": result.seconds,
+            "joules": result.joules,
             "last": dict(result.last),
             "notes": [],
         },

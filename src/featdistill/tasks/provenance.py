@@ -24,7 +24,7 @@ _RANDOM, _HUB = "random (seed", "timm hub: "
 
 
 @dataclass(frozen=True)
-class _Before:
+class Before:
     """A model that another one was made from.
 
     Attributes:
@@ -47,8 +47,8 @@ def story_of(spec: str, backbone: Backbone) -> Story:
         spec: what the user wrote.
         backbone: the loaded model.
     """
-    model = _Before("model", spec, backbone.origin.weights, backbone.origin.licence)
-    run = _run_of(model)
+    model = Before("model", spec, backbone.origin.weights, backbone.origin.licence)
+    run = run_of(model)
     origin = f"{public_name(spec)} ({backbone.origin.weights})"
     licences = _licences(model, _ANCESTORS)
     if run is None:
@@ -66,16 +66,21 @@ def origin_record(origin: Origin) -> dict[str, str | None]:
     return {"spec": origin.spec, "weights": origin.weights, "licence": origin.licence}
 
 
-def _run_of(model: _Before) -> Path | None:
+def run_of(model: Before) -> Path | None:
     """The run's folder that made a model, if it is still there with these very weights."""
     place = _place(model)
     if place is None:
         return None
     folder, known = place
     for run in (folder, folder.parent if folder.resolve().name == "export" else folder):
-        if _records(run) and known in _hashes(run / "export"):
+        if records_of(run) and known in _hashes(run / "export"):
             return run
     return None
+
+
+def is_random(model: Before) -> bool:
+    """Whether a model was never trained."""
+    return (model.weights or "").startswith(_RANDOM)
 
 
 def _hashes(folder: Path) -> list[str]:
@@ -84,7 +89,7 @@ def _hashes(folder: Path) -> list[str]:
     return [file_hash(file) for file in files if file.suffix in _SUFFIXES]
 
 
-def _place(model: _Before) -> tuple[Path, str] | None:
+def _place(model: Before) -> tuple[Path, str] | None:
     """The folder that a model was loaded from, and its weights' hash; None if it has none."""
     known = re.search(r"sha256 ([0-9a-f]{12})", model.weights or "")
     if known is None or model.spec.startswith(("timm/", "hf-hub:")):
@@ -99,7 +104,7 @@ def keep_story(folder: Path, story: Story) -> None:
     write_json(folder / _STORY, {**kept, "licences": dict(story.licences)})
 
 
-def _kept(model: _Before) -> Story | None:
+def _kept(model: Before) -> Story | None:
     """The story that lies beside a model's weights, if it is theirs."""
     place = _place(model)
     if place is None:
@@ -113,7 +118,7 @@ def _kept(model: _Before) -> Story | None:
         return None
 
 
-def _records(folder: Path) -> dict[str, dict[str, Any]]:
+def records_of(folder: Path) -> dict[str, dict[str, Any]]:
     """The records in a run's folder, by kind; unreadable ones are left out."""
     found = {}
     for kind in (*_MADE_BY, "knn", "compare"):
@@ -127,18 +132,18 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
 def _facts(run: Path, depth: int) -> dict[str, Any]:
     """How a run's model was made, and the models before it."""
     facts: dict[str, Any] = dict(read_made(run / "export" / "README.md"))
-    records = _records(run)
+    records = records_of(run)
     for kind in _MADE_BY:
         if kind in records:
             facts["configuration"] = _configuration(records[kind]["config"])
             facts["made"] = f"{records[kind]['created']}, featdistill {_version(records[kind])}"
-    befores = _befores(records) if depth else []
+    befores = befores_of(records) if depth else []
     names = [public_name(before.spec) for before in befores]
     for before, name in zip(befores, names, strict=True):
         label = name if names.count(name) == 1 else f"{name}, {before.role}"
         if before.role == "continued from":
             facts.setdefault(before.role, f"{name} ({before.weights or 'weights not recorded'})")
-        ancestor = _run_of(before)
+        ancestor = run_of(before)
         if ancestor is not None:
             for key, value in _facts(ancestor, depth - 1).items():
                 facts.setdefault(f"{key} ({label})", value)
@@ -150,12 +155,12 @@ def _facts(run: Path, depth: int) -> dict[str, Any]:
     return facts
 
 
-def _befores(records: Mapping[str, Mapping[str, Any]]) -> list[_Before]:
+def befores_of(records: Mapping[str, Mapping[str, Any]]) -> list[Before]:
     """The models that a run began from: teacher and student, or the one that was fine-tuned."""
 
-    def before(role: str, spec: str, origin: Mapping[str, Any] | None) -> _Before:
+    def before(role: str, spec: str, origin: Mapping[str, Any] | None) -> Before:
         origin = origin or {}
-        return _Before(role, spec, origin.get("weights"), origin.get("licence"))
+        return Before(role, spec, origin.get("weights"), origin.get("licence"))
 
     if "finetune" in records:
         record = records["finetune"]
@@ -199,7 +204,7 @@ def _configuration(config: Mapping[str, Any]) -> str:
 def _results(run: Path) -> list[str]:
     """What a run's records say of the model's quality, one line each."""
     lines = []
-    for kind, record in _records(run).items():
+    for kind, record in records_of(run).items():
         results = record["results"]
         if kind == "finetune":
             lines.append(
@@ -230,16 +235,16 @@ def licences_of(models: Iterable[tuple[str, Mapping[str, str | None]]]) -> dict[
     """
     found: dict[str, str | None] = {}
     for spec, origin in models:
-        before = _Before("model", spec, origin["weights"], origin["licence"])
+        before = Before("model", spec, origin["weights"], origin["licence"])
         _join(found, _licences(before, _ANCESTORS))
     return found
 
 
-def _licences(model: _Before, depth: int) -> dict[str, str | None]:
+def _licences(model: Before, depth: int) -> dict[str, str | None]:
     """Whose weights went into a model, and their licences."""
-    run = _run_of(model)
-    records = _records(run) if run is not None else {}
-    befores = _befores(records)
+    run = run_of(model)
+    records = records_of(run) if run is not None else {}
+    befores = befores_of(records)
     if befores and depth:
         found: dict[str, str | None] = {}
         for before in befores:
@@ -262,10 +267,10 @@ def _join(found: dict[str, str | None], more: Mapping[str, str | None]) -> None:
         found[free] = licence
 
 
-def _licence(model: _Before) -> str | None:
+def _licence(model: Before) -> str | None:
     """The licence of weights that no run here made; the catalogue knows those of the hub."""
     weights = model.weights or ""
-    if weights.startswith(_RANDOM):
+    if is_random(model):
         return FRESH
     if model.licence is not None or not weights.startswith((_HUB, "hf-hub:")):
         return model.licence

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from featdistill.config.commands.base import (
     DATA,
@@ -25,6 +26,24 @@ from featdistill.config.sections import (
     RunConfig,
 )
 
+ROWS = ("teacher", "student", "scratch")  # those that every comparison knows
+
+
+def named(text: str) -> tuple[str | None, str]:
+    """The name and the model of a further row: `NAME=MODEL`, or a model alone.
+
+    A path with an equals sign in it is no name: a name has no slash.
+    """
+    name, equals, spec = text.partition("=")
+    if not equals or "/" in name:
+        return None, text
+    return name.strip(), spec.strip()
+
+
+def slug(title: str) -> str:
+    """A title as the name of a row and of its folder."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
 
 class CompareConfig(Command):
     """Is the distilled model better than what you had? Fine-tunes both, and a fresh one."""
@@ -41,11 +60,13 @@ class CompareConfig(Command):
         "student": "student.spec",
         "student-weights": "student.weights",
         "student-arch": "student.arch",
+        "also": "also",
         "scratch": "scratch",
         **DATA,
         "labels": "data.labels",
         "seeds": "seeds",
         "lrs": "lrs",
+        "extend-lrs": "extend_lrs",
         **RUN,
         **TRAIN,
         "layer-decay": "optimizer.layer_decay",
@@ -55,6 +76,11 @@ class CompareConfig(Command):
 
     teacher: ModelConfig
     student: ModelConfig
+    also: tuple[str, ...] = Field(
+        (),
+        description="further models as rows of their own, MODEL or NAME=MODEL (a second round, a "
+        "student of pooled features or logits, ...); may be repeated",
+    )
     scratch: bool = Field(True, description="also fine-tune the student's shape from nothing")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (1, 2, 3), min_length=1, description="seeds of the scored runs"
@@ -63,6 +89,11 @@ class CompareConfig(Command):
         (0.25, 1.0, 4.0),
         min_length=1,
         description="learning rates to try for each row, as multiples of the recipe's",
+    )
+    extend_lrs: Annotated[int, Field(ge=0)] = Field(
+        1,
+        description="how often a row whose best rate is the outermost one tries another beyond it; "
+        "0: never",
     )
     sweep_fraction: float = Field(
         0.2, gt=0, lt=1, description="share of the training labels that choose the rate"
@@ -79,9 +110,29 @@ class CompareConfig(Command):
     schedule: FinetuneScheduleConfig = FinetuneScheduleConfig(epochs=100)
     run: RunConfig
 
-    @field_validator("seeds")
+    @field_validator("also")
     @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ValueError(f"seeds must differ from each other: {','.join(map(str, seeds))}")
-        return seeds
+    def _own_names(cls, also: tuple[str, ...]) -> tuple[str, ...]:
+        taken = dict.fromkeys(ROWS, "")
+        for text in also:
+            name, spec = named(text)
+            if not spec or name == "":
+                raise ValueError(f"given '{text}'; expected MODEL or NAME=MODEL")
+            if name is None:
+                continue
+            short = slug(name)
+            if not short:
+                raise ValueError(f"'{name}' names no row; expected a letter or a digit in it")
+            if short in taken:
+                other = f"'{taken[short]}'" if taken[short] else f"the row '{short}'"
+                raise ValueError(f"'{text}' has the name of {other}; give it another")
+            taken[short] = text
+        return also
+
+    @field_validator("seeds", "lrs")
+    @classmethod
+    def _distinct(cls, values: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if len(set(values)) != len(values):
+            given = ",".join(map(str, values))
+            raise ValueError(f"{info.field_name} must differ from each other: {given}")
+        return values
