@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from featdistill.core.errors import RunError
 from featdistill.core.records import read_record
 from featdistill.engine.rundir import read_metrics
+from featdistill.report.style import FURTHER_ROLES, OWN_ROLES
 
 
 class _Part(BaseModel):
@@ -59,10 +60,10 @@ class Model(_Part):
 
 
 class Trial(_Part):
-    """One learning rate, scored on held-out training labels."""
+    """One learning rate, scored on held-out training labels; None where training diverged."""
 
     lr: float
-    val_top1: float
+    val_top1: float | None
     folder: str = ""
 
 
@@ -84,8 +85,47 @@ class Spread(_Part):
     n: int
 
 
+class Spending(_Part):
+    """Images, time and energy, each None where it is not known."""
+
+    images_seen: int | None = None
+    seconds: float | None = None
+    joules: float | None = None
+
+
+class Stage(Spending):
+    """One run on the way to a model: `pretrain`, `distill` or `finetune`."""
+
+    kind: str
+    name: str
+
+
+class Cost(_Part):
+    """What a row took: the run that made its model first, then those of its teachers.
+
+    `unknown` names models on that way of which there is no record.
+    """
+
+    made: tuple[Stage, ...] = ()
+    unknown: tuple[str, ...] = ()
+    finetuning: Spending = Spending()
+
+    @property
+    def making(self) -> Spending | None:
+        """Of the model itself; None where there is no record, all zero for fresh weights."""
+        if self.made:
+            return self.made[0]
+        return None if self.unknown else Spending(images_seen=0, seconds=0, joules=0)
+
+    @property
+    def images_before(self) -> int | None:
+        """Images seen in the making of its teachers; None where that is not known in full."""
+        seen = [stage.images_seen for stage in self.made[1:]]
+        return None if self.unknown or None in seen else sum(n for n in seen if n is not None)
+
+
 class Row(_Part):
-    """One starting point (`teacher`, `student`, `scratch`) with all its runs."""
+    """One starting point (`teacher`, `student`, others, `scratch`) with all its runs."""
 
     name: str
     title: str
@@ -95,6 +135,7 @@ class Row(_Part):
     runs: tuple[Run, ...]
     top1: Spread
     knn: Mapping[int, float] | None = None
+    cost: Cost | None = None
 
     @property
     def at_edge(self) -> bool:
@@ -104,11 +145,22 @@ class Row(_Part):
 
 
 class Difference(Spread):
-    """Top-1 of one row minus another's, paired by seed."""
+    """Top-1 of one row minus another's, paired by seed.
+
+    `images_interval` counts the sampling of test images alone, `interval` that of seeds too.
+    """
 
     of: str
     minus: str
-    per_seed: tuple[float, ...]
+    per_seed: tuple[float, ...] = ()
+    interval: tuple[float, float] | None = None
+    images_interval: tuple[float, float] | None = None
+    resamples: int | None = None
+
+    @property
+    def shown(self) -> tuple[float, float] | None:
+        """The widest interval that there is."""
+        return self.interval or self.images_interval
 
     @property
     def wins(self) -> int:
@@ -150,8 +202,21 @@ class Comparison(_Part):
         common = set.intersection(*known) if known else set()
         return min(common, key=lambda k: (abs(k - 20), k), default=None)
 
-    def to_teacher(self, row: Row) -> tuple[float, float | None] | None:
-        """(mean, std) of a row minus the teacher; None for the teacher, or where there is none.
+    @property
+    def against_teacher(self) -> tuple[Difference, ...]:
+        """The differences of other rows to the teacher."""
+        return tuple(one for one in self.differences if one.minus == "teacher" and one.per_seed)
+
+    def role(self, name: str) -> str:
+        """The colour role of a row: its own, or for further rows the next that is free."""
+        if name in OWN_ROLES:
+            return name
+        others = [row.name for row in self.rows if row.name not in OWN_ROLES]
+        place = others.index(name) if name in others else 0
+        return FURTHER_ROLES[place % len(FURTHER_ROLES)]
+
+    def to_teacher(self, row: Row) -> Difference | None:
+        """A row minus the teacher; None for the teacher, or where there is none.
 
         The paired difference where the record has it; else that of the means, without a spread.
         """
@@ -160,8 +225,9 @@ class Comparison(_Part):
             return None
         for found in self.differences:
             if (found.of, found.minus) == (row.name, "teacher"):
-                return found.mean, found.std
-        return row.top1.mean - teacher.top1.mean, None
+                return found
+        mean = row.top1.mean - teacher.top1.mean
+        return Difference(of=row.name, minus="teacher", mean=mean, n=row.top1.n)
 
 
 def parse_results(results: Mapping[str, Any]) -> Comparison:

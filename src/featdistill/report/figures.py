@@ -14,7 +14,7 @@ import numpy as np
 
 from featdistill.report import style
 from featdistill.report.comparison import Comparison, Difference, Making, Row, Series
-from featdistill.report.tables import MINUS, NOTHING, percent, points, rate
+from featdistill.report.tables import MINUS, NOTHING, rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,21 +26,27 @@ _MANY_POINTS = 60  # past this a curve is drawn faint, with its moving mean over
 
 def accuracy(found: Comparison) -> Figure:
     """Top-1 of every run by row, equal seeds joined, with mean and standard deviation."""
-    figure, (axes,) = style.new_figure(height=3.2)
-    for one, two in pairwise(range(len(found.rows))):
-        _join_seeds(axes, found.rows[one], found.rows[two], one, two)
-    for place, row in enumerate(found.rows):
-        _row_of_dots(axes, place, row)
-    axes.set_ylim(*_zoom(found))
-    axes.set_xlim(-0.5, len(found.rows) - 0.5)
-    labels = [f"{_short(row.title)}\n{percent(row.top1.mean, row.top1.std)}" for row in found.rows]
-    axes.set_xticks(range(len(found.rows)), labels, linespacing=1.5)
-    for label, row in zip(axes.get_xticklabels(), found.rows, strict=True):
-        label.set_color(style.colour(row.name))
-    axes.tick_params(axis="x", length=0, labelsize=9, pad=6)
-    axes.grid(False, axis="x")
+    rows = found.rows
+    figure, (axes,) = style.new_figure(height=0.9 + 0.52 * len(rows))
+    for one, two in pairwise(range(len(rows))):
+        _join_seeds(axes, rows[one], rows[two], one, two)
+    for place, row in enumerate(rows):
+        _row_of_dots(axes, place, row, found.role(row.name))
+    axes.set_xlim(*_zoom(found))
+    _name_lines(axes, found, [row.name for row in rows])
     axes.set_title("Top-1 accuracy on the test images, %", color=style.LIGHT["muted"])
     return figure
+
+
+def _name_lines(axes: Axes, found: Comparison, names: Sequence[str]) -> None:
+    """Rows of the comparison from top to bottom, named at the left in their colours."""
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), [_short(found.title(name)) for name in names])
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_color(style.colour(found.role(name)))
+    axes.tick_params(axis="y", length=0, labelsize=9, pad=6)
+    axes.grid(False, axis="y")
+    axes.spines["left"].set_visible(False)
 
 
 def _join_seeds(axes: Axes, one: Row, two: Row, at: int, to: int) -> None:
@@ -48,8 +54,8 @@ def _join_seeds(axes: Axes, one: Row, two: Row, at: int, to: int) -> None:
     for run in one.runs:
         if run.seed in other:
             axes.plot(
-                [at, to],
                 [100 * run.top1, 100 * other[run.seed]],
+                [at, to],
                 color=style.LIGHT["muted"],
                 linewidth=_THIN,
                 alpha=0.6,
@@ -57,23 +63,23 @@ def _join_seeds(axes: Axes, one: Row, two: Row, at: int, to: int) -> None:
             )
 
 
-def _row_of_dots(axes: Axes, place: int, row: Row) -> None:
-    colour, mean = style.colour(row.name), 100 * row.top1.mean
+def _row_of_dots(axes: Axes, place: int, row: Row, role: str) -> None:
+    colour, mean = style.colour(role), 100 * row.top1.mean
     axes.scatter(
-        [place] * len(row.runs),
         [100 * run.top1 for run in row.runs],
+        [place] * len(row.runs),
         s=30,
         color=colour,
-        marker=style.marker(row.name),
+        marker=style.marker(role),
         edgecolors=style.LIGHT["paper"],
         linewidths=0.6,
         zorder=3,
     )
     if row.top1.std is None:
         return
-    beside, reach = place + 0.2, 100 * row.top1.std
-    axes.plot([beside - 0.07, beside + 0.07], [mean, mean], color=colour, linewidth=2.4, zorder=3)
-    axes.plot([beside] * 2, [mean - reach, mean + reach], color=colour, linewidth=1, zorder=3)
+    below, reach = place + 0.26, 100 * row.top1.std
+    axes.plot([mean, mean], [below - 0.1, below + 0.1], color=colour, linewidth=2.4, zorder=3)
+    axes.plot([mean - reach, mean + reach], [below] * 2, color=colour, linewidth=1, zorder=3)
 
 
 def _zoom(found: Comparison) -> tuple[float, float]:
@@ -89,47 +95,61 @@ def _zoom(found: Comparison) -> tuple[float, float]:
 
 
 def differences(found: Comparison) -> Figure | None:
-    """The paired differences, one dot per seed, against zero; None where there are none."""
-    shown = [d for d in found.differences if d.per_seed]
-    if not shown:
+    """Every row minus the teacher, with intervals; None where there are no differences.
+
+    The row from scratch has a panel of its own: it may lie so far off that the others' differences
+    would shrink to nothing beside it.
+    """
+    shown = found.against_teacher
+    groups = [[d for d in shown if (d.of == "scratch") == fresh] for fresh in (False, True)]
+    groups = [group for group in groups if group]
+    if not groups:
         return None
-    lines = sum(len(d.per_seed) + (d.n > 1) for d in shown)
-    figure, panels = style.new_figure(len(shown), height=0.85 * len(shown) + 0.19 * lines)
-    for axes, difference in zip(panels, shown, strict=True):
-        _strip(axes, difference, found)
+    sizes = [len(group) for group in groups]
+    height = 0.85 * len(groups) + 0.5 * sum(sizes)
+    figure, panels = style.new_figure(len(groups), height=height, ratios=sizes)
+    for axes, group in zip(panels, groups, strict=True):
+        _forest(axes, group, found)
+    panels[0].set_title("Top-1 minus the teacher's, points", color=style.LIGHT["muted"])
     return figure
 
 
-def _strip(axes: Axes, difference: Difference, found: Comparison) -> None:
+def _forest(axes: Axes, group: Sequence[Difference], found: Comparison) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    each = [100 * d for d in difference.per_seed]
-    colour = style.colour(difference.of)
     axes.axvline(0, color=style.LIGHT["ink"], linewidth=0.9)
-    heights = list(range(len(each), 0, -1))
-    for value, height in zip(each, heights, strict=True):
-        axes.plot([0, value], [height, height], color=colour, linewidth=_THIN, alpha=0.6)
-    axes.scatter(each, heights, s=30, color=colour, marker=style.marker(difference.of), zorder=3)
-    names = [f"seed {seed}" for seed in found.seeds]
-    ticks = list(zip(heights, names if len(names) == len(each) else [""] * len(each), strict=True))
-    if difference.n > 1:
-        _mean_line(axes, difference, colour)
-        ticks.append((0, f"mean {points(difference.mean)}"))
-    axes.set_yticks([t for t, _ in ticks], [name for _, name in ticks])
-    axes.set_ylim(-0.7 if difference.n > 1 else 0.4, len(each) + 0.6)
-    axes.grid(False, axis="y")
-    axes.spines["left"].set_visible(False)
-    axes.margins(x=0.12)
+    for place, one in enumerate(group):
+        _whiskers(axes, place, one, found.role(one.of))
+    _name_lines(axes, found, [one.of for one in group])
+    axes.margins(x=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(_signed)
-    of, minus = (_short(found.title(name)) for name in (difference.of, difference.minus))
-    axes.set_title(f"{of} minus {minus}, points".replace("\n", " "), color=style.LIGHT["muted"])
 
 
-def _mean_line(axes: Axes, difference: Difference, colour: str) -> None:
-    mean, reach = 100 * difference.mean, 100 * (difference.std or 0.0)
-    axes.plot([mean - reach, mean + reach], [0, 0], color=colour, linewidth=1)
-    axes.plot([mean, mean], [-0.32, 0.32], color=colour, linewidth=2.4)
+def _whiskers(axes: Axes, place: int, one: Difference, role: str) -> None:
+    """One row's mean, its seeds, and what is known of the uncertainty."""
+    colour, mean = style.colour(role), 100 * one.mean
+    bars = [(one.interval, 1.1, 1.0), (one.images_interval, 4.0, 0.5)]
+    if one.shown is None and one.std is not None:  # of an earlier version
+        bars = [((one.mean - one.std, one.mean + one.std), 1.1, 1.0)]
+    for ends, width, alpha in bars:
+        if ends is not None:
+            drawn = [100 * end for end in ends]
+            look = {"linewidth": width, "alpha": alpha, "solid_capstyle": "butt"}
+            axes.plot(drawn, [place] * 2, color=colour, **look)  # type: ignore[arg-type]
+    each = [100 * d for d in one.per_seed]
+    below = [place + 0.24] * len(each)
+    axes.scatter(each, below, s=14, color=colour, marker=style.marker(role), alpha=0.75, zorder=3)
+    axes.scatter(
+        [mean],
+        [place],
+        s=42,
+        color=colour,
+        marker=style.marker(role),
+        edgecolors=style.LIGHT["paper"],
+        linewidths=0.7,
+        zorder=4,
+    )
 
 
 def _signed(value: float, _: float) -> str:
@@ -145,7 +165,7 @@ def finetuning(found: Comparison, curves: Mapping[str, Sequence[Series]]) -> Fig
         curves: row name -> one series per seed, of shares.
     """
     figure, (axes,) = style.new_figure(height=3.2)
-    ends: list[tuple[float, Row]] = []
+    ends: list[tuple[float, str, str]] = []
     last = 0
     for row in found.rows:
         drawn = [one for one in curves.get(row.name, ()) if len(one.steps) > 1]
@@ -157,18 +177,18 @@ def finetuning(found: Comparison, curves: Mapping[str, Sequence[Series]]) -> Fig
                 axes.plot(
                     one.steps,
                     _percents(one),
-                    color=style.colour(row.name),
+                    color=style.colour(found.role(row.name)),
                     linewidth=_THIN,
                     alpha=0.4,
                 )
         axes.plot(
             mean.steps,
             _percents(mean),
-            color=style.colour(row.name),
-            linestyle=style.dashes(row.name),
+            color=style.colour(found.role(row.name)),
+            linestyle=style.dashes(found.role(row.name)),
             linewidth=1.8,
         )
-        ends.append((100 * mean.values[-1], row))
+        ends.append((100 * mean.values[-1], row.title, found.role(row.name)))
         last = max(last, mean.steps[-1])
     if not ends:
         return None
@@ -194,19 +214,19 @@ def _mean(drawn: Sequence[Series]) -> Series:
     )
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, Row]]) -> None:
-    """The rows' titles at their curves' ends, moved apart where they would overlap."""
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Titles in their roles' colours at curves' ends, moved apart where they would overlap."""
     ends = sorted(ends, key=lambda end: end[0])
     low, high = axes.get_ylim()
-    places = spread_apart([value for value, _ in ends], gap=0.085 * (high - low))
-    for place, (_, row) in zip(places, ends, strict=True):
+    places = spread_apart([value for value, _, _ in ends], gap=0.085 * (high - low))
+    for place, (_, title, role) in zip(places, ends, strict=True):
         axes.annotate(
-            _short(row.title),
+            _short(title),
             (1.0, place),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
             textcoords="offset points",
-            color=style.colour(row.name),
+            color=style.colour(role),
             va="center",
             annotation_clip=False,
         )
@@ -249,9 +269,10 @@ def sweep(found: Comparison) -> Figure | None:
     axes.set_xscale("log")
     ends = []
     for layer, row in enumerate(rows):
-        trials = sorted(row.sweep, key=lambda trial: trial.lr)
-        _sweep_line(axes, row, [t.lr for t in trials], [100 * t.val_top1 for t in trials], layer)
-        ends.append((100 * trials[-1].val_top1, row))
+        scores = {t.lr: 100 * t.val_top1 for t in row.sweep if t.val_top1 is not None}
+        drawn, role = dict(sorted(scores.items())), found.role(row.name)
+        _sweep_line(axes, row.lr, role, drawn, layer)
+        ends.append((list(drawn.values())[-1], row.title, role))
     rates = sorted({trial.lr for row in rows for trial in row.sweep})
     axes.set_xticks(rates, [rate(value) for value in rates])
     axes.minorticks_off()
@@ -263,19 +284,22 @@ def sweep(found: Comparison) -> Figure | None:
     return figure
 
 
-def _sweep_line(axes: Axes, row: Row, rates: list[float], scores: list[float], layer: int) -> None:
+def _sweep_line(
+    axes: Axes, chosen: float, role: str, drawn: Mapping[float, float], layer: int
+) -> None:
     """One row's line; upper layers are finer, so that equal lines do not hide each other."""
-    colour, finer = style.colour(row.name), 0.6**layer
+    colour, finer = style.colour(role), 0.6**layer
+    rates, scores = list(drawn), list(drawn.values())
     axes.plot(
         rates,
         scores,
         color=colour,
-        linestyle=style.dashes(row.name),
+        linestyle=style.dashes(role),
         linewidth=1 + 1.6 * finer,
-        marker=style.marker(row.name),
+        marker=style.marker(role),
         markersize=4 + 4 * finer,
     )
-    at = int(np.argmin(np.abs(np.log(rates) - np.log(row.lr))))
+    at = int(np.argmin(np.abs(np.log(rates) - np.log(chosen))))
     axes.plot(
         rates[at],
         scores[at],

@@ -20,19 +20,10 @@ from featdistill.report.comparison import (
     read_making,
     series,
 )
+from featdistill.report.costs import Line, cost_lines
 from featdistill.report.diagnoses import sections
 from featdistill.report.folders import Found, Material, as_json, gather
 from featdistill.report.gallery import Gallery, Section, Shown
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the page's table, one cell for each row of the comparison."""
-
-    label: str
-    cells: tuple[str, ...]
-    strong: bool = False
-    code: bool = False
 
 
 def write_report(*folders: Path, out: Path | None = None) -> Path:
@@ -101,7 +92,7 @@ def _answer(gallery: Gallery, found: Comparison) -> list[Shown]:
         strips = figures.differences(found)
         shown = [gallery.add(dots, "accuracy", "Accuracy by row", *words.accuracy(found))]
         if strips is not None:
-            title = "What distillation changed"
+            title = "Against the teacher"
             shown.append(gallery.add(strips, "differences", title, *words.differences(found)))
     return shown
 
@@ -144,6 +135,7 @@ def _groups(found: Comparison) -> list[list[Line]]:
             ),
         ),
     ]
+    costs = cost_lines(found)
     before = [Line("Learning rate", tuple(tables.rate(row.lr) for row in rows))]
     if k is not None:
         cells = tuple(tables.percent(tables.knn_at(row, k)) for row in rows)
@@ -158,12 +150,12 @@ def _groups(found: Comparison) -> list[list[Line]]:
         Line("Top-1, mean" if len(found.seeds) > 1 else "Top-1", means, strong=True),
         Line("Minus teacher, points", tuple(_to_teacher(found, row) for row in rows), strong=True),
     ]
-    return [about, before, scores if len(found.seeds) > 1 else [], result]
+    return [about, before, scores if len(found.seeds) > 1 else [], result, costs]
 
 
 def _to_teacher(found: Comparison, row: Row) -> str:
     difference = found.to_teacher(row)
-    return tables.points(*difference) if difference else tables.NOTHING
+    return tables.difference(difference) if difference else tables.NOTHING
 
 
 def _accounts(material: Material, compared: Compared | None) -> list[runs.Account]:
@@ -181,7 +173,7 @@ def _accounts(material: Material, compared: Compared | None) -> list[runs.Accoun
 def _words(compared: Compared | None) -> dict[str, Any]:
     """What the page says of a comparison."""
     if compared is None:
-        return {"c": None, "groups": [], "table_caption": "", "reading": []}
+        return {"c": None, "groups": [], "table_caption": "", "reading": [], "notices": []}
     found = compared.found
     return {
         "c": found,
@@ -189,6 +181,7 @@ def _words(compared: Compared | None) -> dict[str, Any]:
         "groups": [group for group in _groups(found) if group],
         "table_caption": words.table(found),
         "reading": words.reading(found),
+        "notices": [text for text in (words.price(found), words.edge_warning(found)) if text],
     }
 
 
@@ -219,9 +212,10 @@ def _render(
         else ", ".join(dict.fromkeys(r.name for r in records)),
         css=css,
         created=str(records[0].record.get("created") or "")[:10],
-        role=style.role,
+        role=compared.found.role if compared else style.role,
         percent=tables.percent,
         points=tables.points,
+        interval=tables.interval,
         of_seeds=tables.of_seeds,
         answer=answer,
         run_names=[one.name for one in material.runs],

@@ -7,7 +7,7 @@ meaning (see `svg`), so that one drawing is right in both themes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,17 @@ DARK = {
 }
 
 # those of them that mark a row or a model, in the order in which further models take them
-ROLES = ("teacher", "student", "scratch", "other", "fifth", "sixth")
+OWN_ROLES = ("teacher", "student", "scratch")
+FURTHER_ROLES = ("other", "fifth", "sixth")
+ROLES = (*OWN_ROLES, *FURTHER_ROLES)
 
-_MARKERS = {"teacher": "s", "student": "o", "scratch": "^"}
-_DASHES: dict[str, Any] = {"scratch": (0, (4, 2))}
+_MARKERS = {"teacher": "s", "student": "o", "scratch": "^", "fifth": "v", "sixth": "P"}
+_DASHES: dict[str, Any] = {
+    "scratch": (0, (4, 2)),
+    "other": (0, (1, 1.2)),
+    "fifth": (0, (6, 1.5, 1, 1.5)),
+    "sixth": (0, (2, 1)),
+}
 
 SEQUENTIAL = "cividis"  # made for the colour-blind; equal steps look equal, in grey too
 DIVERGING = "PuOr"  # around zero; safe for the three common kinds of colour blindness
@@ -103,8 +110,8 @@ def house() -> Iterator[None]:
 
 
 def role(name: str) -> str:
-    """The colour role of a row: its own name, or `other` for an unknown one."""
-    return name if name in _MARKERS else "other"
+    """The colour role of a row or a model: its own name, or `other` for an unknown one."""
+    return name if name in ROLES else "other"
 
 
 def colour(name: str) -> str:
@@ -123,18 +130,23 @@ def dashes(name: str) -> Any:
 
 
 def new_figure(
-    rows: int = 1, *, height: float = 2.9, share_x: bool = False
+    rows: int = 1,
+    *,
+    height: float = 2.9,
+    share_x: bool = False,
+    ratios: Sequence[float] | None = None,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of one column and `rows` panels; without pyplot, so no global state and no backend.
 
     Args:
         height: of the whole, in inches.
         share_x: whether panels have one horizontal axis.
+        ratios: of the panels' heights; equal by default.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots(rows, 1, sharex=share_x, squeeze=False)
+    axes = figure.subplots(rows, 1, sharex=share_x, squeeze=False, height_ratios=ratios)
     return figure, list(axes[:, 0])
 
 

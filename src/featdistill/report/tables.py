@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from featdistill.report.comparison import Comparison, Row, parse_results
+from featdistill.report.comparison import Comparison, Difference, Row, Spending, parse_results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +31,24 @@ def points(value: float | None, spread: float | None = None) -> str:
     size = f"{abs(100 * value):.1f}"
     sign = "" if float(size) == 0 else "+" if value > 0 else MINUS
     return f"{sign}{size}" if spread is None else f"{sign}{size} ± {100 * spread:.1f}"
+
+
+def interval(ends: tuple[float, float]) -> str:
+    """An interval of differences in percentage points: `−0.4 to +2.1`."""
+    return " to ".join(points(end) for end in ends)
+
+
+def difference(found: Difference) -> str:
+    """A difference with what is known of its uncertainty: `+1.2 (−0.4 to +2.1)`."""
+    if found.shown is None:
+        return points(found.mean, found.std)
+    return f"{points(found.mean)} ({interval(found.shown)})"
+
+
+def energy(joules: float) -> str:
+    """An energy: `0.35 Wh`, `12 kWh`."""
+    hours = joules / 3600
+    return f"{hours / 1000:.3g} kWh" if hours >= 1000 else f"{hours:.3g} Wh"
 
 
 def count(value: int) -> str:
@@ -87,7 +105,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     n = max(row.top1.n for row in found.rows)
     table = Table(
         title=f"{of_seeds(n)}, {found.data.labelled_images:,} labelled images",
-        caption="± is the standard deviation over seeds" if n > 1 else None,
+        caption=_caption(found, n) or None,
     )
     for column in _columns(found):
         table.add_column(column, justify="left" if column == "" else "right", overflow="fold")
@@ -99,16 +117,40 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
 
 def _columns(found: Comparison) -> list[str]:
     knn = [f"kNN (k = {found.shown_k})"] if found.shown_k is not None else []
-    return ["", "parameters", "learning rate", *knn, "top-1", "minus teacher (points)"]
+    cost = ["made with", "fine-tuned with"] if _has_costs(found) else []
+    return ["", "parameters", "learning rate", *knn, "top-1", "minus teacher (points)", *cost]
+
+
+def _caption(found: Comparison, n: int) -> str:
+    parts = ["± is the standard deviation over seeds"] * (n > 1)
+    if any(one.shown for one in found.differences):
+        parts.append("in brackets: 95% interval")
+    if _has_costs(found):
+        parts.append("cost: images seen, time")
+    return "; ".join(parts)
+
+
+def _has_costs(found: Comparison) -> bool:
+    return any(row.cost for row in found.rows)
+
+
+def _spent(spent: Spending | None) -> str:
+    """`19.2 k, 3 min`, as far as it is known."""
+    if spent is None or spent.images_seen is None:
+        return "not known"
+    time = f", {seconds(spent.seconds)}" if spent.images_seen and spent.seconds is not None else ""
+    return f"{count(spent.images_seen)}{time}"
 
 
 def _cells(found: Comparison, row: Row) -> list[str]:
     k = found.shown_k
-    difference = found.to_teacher(row)
+    against = found.to_teacher(row)
+    cost = [_spent(row.cost.making), _spent(row.cost.finetuning)] if row.cost else [NOTHING] * 2
     return [
         count(row.model.parameters),
         rate(row.lr),
         *([percent(knn_at(row, k))] if k is not None else []),
         percent(row.top1.mean, row.top1.std),
-        points(*difference) if difference else NOTHING,
+        difference(against) if against else NOTHING,
+        *(cost if _has_costs(found) else []),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from featdistill.report import tables
 from featdistill.report.comparison import Comparison, Making
-from featdistill.report.tables import of_seeds, percent, points, rate
+from featdistill.report.tables import of_seeds, percent, rate
 
 _INPUTS = {"distill": "Distillation", "pretrain": "Pre-training"}
 
@@ -49,24 +49,34 @@ def accuracy(found: Comparison) -> tuple[str, str]:
 
 
 def differences(found: Comparison) -> tuple[str, str]:
-    """(caption, description) of the figure of paired differences."""
+    """(caption, description) of the figure of differences to the teacher."""
+    shown = found.against_teacher
     parts = [
-        f"{found.title(d.of)} minus {found.title(d.minus)}: {points(d.mean, d.std)} points, "
+        f"{found.title(d.of)} minus {found.title(d.minus)}: {tables.difference(d)} points, "
         f"higher under {d.wins} of {of_seeds(d.n)}"
-        for d in found.differences
+        for d in shown
     ]
-    whisker = (
-        " The thick mark is the mean, its line one standard deviation over seeds."
-        if _several(found)
-        else ""
-    )
-    scales = " The panels have scales of their own." if len(parts) > 1 else ""
-    right = listed([found.title(name) for name in dict.fromkeys(d.of for d in found.differences)])
+    fresh = {d.of == "scratch" for d in shown}
+    scales = " The panels have scales of their own." if len(fresh) > 1 else ""
     caption = (
-        f"Differences in top-1, percentage points, paired by seed; right of zero: {right} is "
-        f"higher.{whisker}{scales}"
+        "Top-1 of each row minus the teacher's, percentage points, on the same images; right of "
+        f"zero is better than the teacher. Large mark: mean; small ones: single seeds. "
+        f"{_bars(found)}{scales}"
     )
     return caption, f"{'. '.join(parts)}."
+
+
+def _bars(found: Comparison) -> str:
+    """What the bars of the differences are."""
+    shown = found.against_teacher
+    if any(d.interval for d in shown):
+        return (
+            "Thick bar: 95% interval from the test images alone, for these very runs; thin: other "
+            "seeds counted too."
+        )
+    if any(d.images_interval for d in shown):
+        return "Bar: 95% interval from the test images alone; of other seeds one run tells nothing."
+    return "Line: one standard deviation over seeds." if _several(found) else ""
 
 
 def finetuning(found: Comparison) -> tuple[str, str]:
@@ -98,7 +108,7 @@ def edge_warning(found: Comparison) -> str:
         return ""
     return (
         f"{listed(rows)} chose the outermost rate tried, so a better one may lie beyond: "
-        "repeat with more values for --lrs."
+        "repeat with more values for --lrs, or a larger --extend-lrs."
     )
 
 
@@ -138,12 +148,50 @@ def table(found: Comparison) -> str:
         if found.shown_k is not None
         else ""
     )
-    return f"Accuracies on {found.data.test_images:,} test images. {spread}{knn}".strip()
+    interval = "in brackets: 95% interval. " if any(d.shown for d in found.differences) else ""
+    if spread and interval:
+        spread = spread.replace(". ", "; ")
+    return (
+        f"Accuracies on {found.data.test_images:,} test images. {spread}{interval}{knn}"
+        f"{_costs(found)}"
+    ).strip()
+
+
+def _costs(found: Comparison) -> str:
+    """What the lines of costs count."""
+    if not any(row.cost for row in found.rows):
+        return ""
+    return (
+        "Images seen: how often a model was shown one, an epoch counting each again. Fine-tuning: "
+        "all runs of a row, those that chose its learning rate among them."
+    )
+
+
+def price(found: Comparison) -> str:
+    """What distilling took, in a sentence; empty where nothing was recorded of it."""
+    student = found.row("student")
+    if student is None or student.cost is None:
+        return ""
+    making = student.cost.making
+    if making is None or not making.images_seen:
+        return "What it took to make the student is not recorded."
+    took = [f"{making.images_seen:,} images seen"]
+    if making.seconds is not None:
+        took.append(tables.seconds(making.seconds))
+    if making.joules is not None:
+        took.append(tables.energy(making.joules))
+    before = student.cost.images_before
+    if before is None:
+        past = "; what its teacher had taken is not recorded"
+    else:
+        past = f", besides the {before:,} that its teacher had seen" if before else ""
+    return f"The price of the student: {listed(took)}{past}."
 
 
 def reading(found: Comparison) -> list[str]:
     """How to read the page: what the numbers are, and what they are not."""
-    return [_seeds(found), _rates(found), _pairs(found), _sample(found), _limits(found)]
+    parts = [_seeds(found), _rates(found), _pairs(found), _intervals(found), _sample(found)]
+    return [part for part in (*parts, _limits(found)) if part]
 
 
 def _seeds(found: Comparison) -> str:
@@ -189,11 +237,35 @@ def _pairs(found: Comparison) -> str:
         if len(shapes) > 1
         else ""
     )
-    agree = " Look first whether all seeds agree on its sign." if _several(found) else ""
     return (
         "A difference pairs the runs of one seed, which saw the same labels: what they share "
-        f"cancels out.{agree}{other}"
+        f"cancels out.{other}"
     )
+
+
+def _intervals(found: Comparison) -> str:
+    shown = [d for d in found.against_teacher if d.shown]
+    if not shown:
+        return ""
+    resamples = next((f"{d.resamples:,} resamples" for d in shown if d.resamples), "resamples")
+    said = (
+        f"The 95% intervals are of a paired bootstrap: {resamples} of the same test images for "
+        "both models"
+    )
+    if any(d.interval for d in shown):
+        said += (
+            ", to which the differences between seeds add by Student's t, since a few seeds are "
+            "too few to resample. An interval with zero in it means that the two cannot be told "
+            "apart by this, not that they are equal"
+        )
+    else:
+        said += ". With a single seed they say nothing of other seeds"
+    many = (
+        f". Of {len(shown)} such intervals, about one in twenty misses the truth by chance"
+        if len(shown) > 2
+        else ""
+    )
+    return f"{said}{many}."
 
 
 def _sample(found: Comparison) -> str:
@@ -215,8 +287,19 @@ def _limits(found: Comparison) -> str:
     )
     return (
         f"What this does not say: how it comes out on other data, {labels}, under a longer recipe, "
-        "or for another task such as segmentation. Nor does it count what distilling cost, or that "
-        "the student has seen more images by then, if without labels."
+        f"or for another task such as segmentation. {_price_of_it(found)}"
+    )
+
+
+def _price_of_it(found: Comparison) -> str:
+    if any(row.cost for row in found.rows):
+        return (
+            "The student has seen more images than its teacher by then, if without labels: the "
+            "table counts them, and whether more pre-training would have done as much is not said."
+        )
+    return (
+        "Nor does it count what distilling cost, or that the student has seen more images by then, "
+        "if without labels."
     )
 
 
@@ -244,6 +327,7 @@ def facts(
         ("Seeds", ", ".join(map(str, found.seeds))),
         *((f"{_INPUTS[one.kind]}", _made(one, found)) for one in made),
         ("Time", _time(found)),
+        ("Energy", _energy(found)),
     ]
     own = [(term, text, False) for term, text in entries if text]
     return [*own, *environment_facts(record)]
@@ -275,6 +359,19 @@ def _made(made: Making, found: Comparison) -> str:
     notes = made.results.get("notes")
     said = " ".join(f"{note}." for note in notes) if isinstance(notes, list) else ""
     return f"{found.title(made.name)}: {_size(made) or 'no record was kept.'} {said}".strip()
+
+
+def _energy(found: Comparison) -> str:
+    costs = [row.cost.finetuning.joules for row in found.rows if row.cost]
+    known = [joules for joules in costs if joules is not None]
+    if not costs:
+        return ""
+    if len(known) < len(costs):
+        return "not available: this machine does not count it, or not for every fine-tuning"
+    return (
+        f"{tables.energy(sum(known))} for fine-tuning, as the processor's or the GPU's own counter "
+        "says; other work on it included"
+    )
 
 
 def _time(found: Comparison) -> str:
