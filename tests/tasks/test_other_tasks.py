@@ -15,7 +15,6 @@ from PIL import Image
 import featdistill
 from featdistill.core.errors import ConfigError, DataError, ModelError
 from featdistill.data.open import open_data
-from featdistill.evaluation.paired import verdict
 from tests.tasks.conftest import SHAPE, TINY
 
 
@@ -93,51 +92,6 @@ def test_knn_takes_several_models(teacher: Path, student: Path, tmp_path: Path) 
     assert set(result.top1) == {str(teacher), str(student)}
     assert all(0.1 < best <= 1 for best in result.best.values())
     assert result.record is not None
-
-
-def test_compare_answers_and_resumes(teacher: Path, student: Path, tmp_path: Path) -> None:
-    options = {**TINY, "steps": 3, "labels": "20", "batch_size": 16}
-    common = {
-        "teacher": teacher,
-        "student": student,
-        "out": tmp_path / "compared",
-        "seeds": [1, 2],
-        "lrs": [0.5, 1.0],
-        "view": {"randaugment": None},
-        **options,
-    }
-    result = featdistill.compare(**common)
-    rows = {row["name"]: row for row in result.results["rows"]}
-    assert list(rows) == ["teacher", "student", "scratch"]
-    assert rows["scratch"]["knn"] is None
-    for row in rows.values():
-        assert [r["seed"] for r in row["runs"]] == [1, 2]
-        assert row["lr"] in [s["lr"] for s in row["sweep"]]
-        assert row["top1"]["mean"] == pytest.approx(np.mean([r["top1"] for r in row["runs"]]))
-    assert result.report.is_file()
-    stamp = (tmp_path / "compared/rows/teacher/seed-1/result.json").stat().st_mtime_ns
-    (tmp_path / "compared/rows/student/seed-2/result.json").unlink()
-    again = featdistill.compare(**common, resume=True)
-    assert (tmp_path / "compared/rows/teacher/seed-1/result.json").stat().st_mtime_ns == stamp
-    assert [r["top1"] for r in again.results["rows"][1]["runs"]] == [
-        r["top1"] for r in rows["student"]["runs"]
-    ]
-
-
-def rows_of(teacher: list[float], student: list[float]) -> list[dict[str, object]]:
-    return [
-        {"name": name, "runs": [{"top1": v} for v in values]}
-        for name, values in (("teacher", teacher), ("student", student))
-    ]
-
-
-def test_verdict_says_no_more_than_the_seeds() -> None:
-    assert "better than its teacher by 2.0 points" in verdict(
-        rows_of([0.80, 0.81, 0.79], [0.82, 0.83, 0.81])
-    )
-    assert "worse" in verdict(rows_of([0.82, 0.83, 0.81], [0.80, 0.81, 0.79]))
-    assert "cannot be told apart" in verdict(rows_of([0.80, 0.82, 0.81], [0.83, 0.80, 0.82]))
-    assert "single seed" in verdict(rows_of([0.80], [0.83]))
 
 
 def test_export_command_equals_the_run(student: Path, tmp_path: Path) -> None:

@@ -201,6 +201,7 @@ def _row(setting: Setting, row: Row, place: str) -> _Done:
         "model": about,
         "sweep": tried.trials,
         "lr": setting.rate(factor),
+        "at_edge": tried.beyond() is not None if tried.trials else False,
         "layer_decay": layer_decay(config, row),
         "runs": [
             {"seed": seed, **fit.results} for seed, fit in zip(config.seeds, fits, strict=True)
@@ -231,8 +232,7 @@ def _model(model: Backbone, row: Row) -> dict[str, Any]:
 
 def _edge(row: Mapping[str, Any]) -> str | None:
     """A warning if a better learning rate may lie outside of those tried."""
-    tried = [trial["lr"] for trial in row["sweep"]]
-    if not tried or row["lr"] not in (min(tried), max(tried)):
+    if not row["at_edge"]:
         return None
     return (
         f"warning: {row['title']} did best at the outermost learning rate tried, {row['lr']:.2g}; "
