@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from featdistill.config import resolve as resolve_module
 from featdistill.config.commands import COMMANDS
+from featdistill.config.commands.comparison import named, slug
 from featdistill.config.resolve import (
     leaves,
     path_of,
@@ -147,6 +148,11 @@ def test_unknown_key_gets_a_suggestion(name: str, hint: str) -> None:
         ("distill", {"val-fraction": 1}, "--val-fraction (data.val_fraction)"),
         ("compare", {"seeds": [1, 1]}, "seeds must differ"),
         ("compare", {"lrs": []}, "--lrs"),
+        ("compare", {"lrs": [1, 1.0]}, "lrs must differ"),
+        ("compare", {"extend-lrs": -1}, "--extend-lrs (extend_lrs)"),
+        ("compare", {"also": ["=x"]}, "expected MODEL or NAME=MODEL"),
+        ("compare", {"also": ["..=x"]}, "'..' names no row"),
+        ("compare", {"also": ["Two A=x", "two-a=y"]}, "has the name of 'Two A=x'"),
         ("finetune", {"pool": "model"}, "--pool"),
         ("knn", {"k": [0]}, "--k"),
     ],
@@ -154,6 +160,14 @@ def test_unknown_key_gets_a_suggestion(name: str, hint: str) -> None:
 def test_impossible_values(command: str, options: dict[str, Any], words: str) -> None:
     (line,) = problems(command, {**REQUIRED[command], **options})
     assert words in line
+
+
+def test_further_rows_of_a_comparison_may_have_names() -> None:
+    assert named("Mean only = runs/gap") == ("Mean only", "runs/gap")
+    assert named("runs/rate=3/best") == (None, "runs/rate=3/best")  # a path, not a name
+    assert named("hub=timm/resnet18") == ("hub", "timm/resnet18")
+    assert named("package.module:factory") == (None, "package.module:factory")
+    assert slug("Second round, on logits") == "second-round-on-logits"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -272,3 +272,23 @@ def test_diagnose_and_report(
 ) -> None:
     fails(capsys, *words, *out, says=says)
     assert not Path(out[1]).exists()
+
+
+def test_comparisons_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    data = class_folders(tmp_path / "data", train=("ant", "bee"), val=("ant", "bee"))[-2:]
+    models = [*TEACHER, "--student", "timm/resnet18", "--student-weights", "random"]
+    words = ["compare", *models, *data, *out, "--steps", "1", "--batch-size", "2", "--lrs", "1"]
+    absent = ["--student", "runs/distiled", "--student-weights", "hub"]
+    fails(capsys, *words, *absent, says=("no model 'runs/distiled'",))
+    twins = ["--teacher", "timm/resnet18"]
+    fails(capsys, *words, *twins, says=("--teacher and --student are one model", "give two"))
+    fails(capsys, *words, "--also", "gap=nowhere/x", says=("no model 'nowhere/x'",))
+    fails(capsys, *words, "--also", "a=x", "--also", "A=y", says=("'A=y' has the name of 'a=x'",))
+    fails(capsys, *words, "--also", "Teacher=x", says=("has the name of the row 'teacher'",))
+    fails(capsys, *words, "--also", "gap=", says=("given 'gap='; expected MODEL or NAME=MODEL",))
+    fails(capsys, *words, "--resume", says=("no run to resume",))
+    strangers = class_folders(tmp_path / "other", train=("ant", "bee"), val=("ant", "wasp"))[-2:]
+    fails(capsys, *words, *strangers, says=("lacks: wasp",))
+    assert not Path(out[1]).exists()

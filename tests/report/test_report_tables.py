@@ -106,10 +106,10 @@ def _results(folder: Path) -> dict:
     return json.loads((folder / "compare.json").read_text(encoding="utf-8"))["results"]
 
 
-def _printed(folder: Path) -> dict[str, list[str]]:
+def _printed(folder: Path, width: int = 120) -> dict[str, list[str]]:
     """First cell -> the others, of each line of the table as printed."""
     out = io.StringIO()
-    Console(file=out, width=120).print(comparison_table(_results(folder)))
+    Console(file=out, width=width).print(comparison_table(_results(folder)))
     rows = [line.strip("│").split("│") for line in out.getvalue().splitlines() if "│" in line]
     return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
 

@@ -116,7 +116,7 @@ def test_intervals_are_of_the_predictions_that_were_kept(options: dict[str, Any]
 def test_further_rows_and_what_each_had_cost(
     options: dict[str, Any], second: Path, pooled: Path
 ) -> None:
-    result = featdistill.compare(**options, also=[str(second), f"Mean only={pooled}"])
+    result = featdistill.compare(**options, also=[second, f"Mean only={pooled}"])
     rows = rows_by_name(result.results)
     assert list(rows) == ["teacher", "student", "second-round", "mean-only", "scratch"]
     assert [row["title"] for row in rows.values()][2:4] == ["Second round", "Mean only"]
@@ -232,7 +232,7 @@ def test_other_test_images_are_refused(options: dict[str, Any]) -> None:
 @pytest.mark.usefixtures("undrawn")
 def test_other_weights_are_refused(options: dict[str, Any], second: Path, pooled: Path) -> None:
     options |= {"scratch": False, "seeds": [1]}
-    featdistill.compare(**options, also=[f"more={second}"])
+    featdistill.compare(**options, also={"more": second})
     with pytest.raises(RunError, match="began from other weights"):
         featdistill.compare(**options, also=[f"more={pooled}"], resume=True)
 

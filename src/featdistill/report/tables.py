@@ -47,8 +47,8 @@ def difference(found: Difference) -> str:
 
 def energy(joules: float) -> str:
     """An energy: `0.35 Wh`, `12 kWh`."""
-    hours = joules / 3600
-    return f"{hours / 1000:.3g} kWh" if hours >= 1000 else f"{hours:.3g} Wh"
+    value, unit = (joules / 3.6e6, "kWh") if joules >= 3.6e6 else (joules / 3600, "Wh")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def count(value: int) -> str:

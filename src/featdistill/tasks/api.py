@@ -6,6 +6,7 @@ sections (`optimizer={"weight_decay": 0.1}`), `recipe=` and `config=`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,15 @@ def _lists(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(**options: Any) -> CompareResult:
-    """Teacher, student and a fresh model under one recipe; wants both, `data` and `out`."""
+    """Teacher, student and a fresh model under one recipe; wants both, `data` and `out`.
+
+    `also` is a list of further models, or a mapping from names to models.
+    """
+    also = options.get("also")
+    if isinstance(also, Mapping):
+        options["also"] = [f"{name}={model}" for name, model in also.items()]
+    elif also is not None:
+        options["also"] = list(map(str, [also] if isinstance(also, str | Path) else also))
     return _call("compare", options)
 
 
