@@ -37,7 +37,7 @@ def accuracy(found: Comparison) -> tuple[str, str]:
     """(caption, description) of the accuracy figure."""
     runs = f"{found.data.test_images:,} test images, {of_seeds(len(found.seeds))}"
     bar = (
-        "the bar beside them is their mean, its whisker one standard deviation over seeds. "
+        "the bar below them is their mean, its whisker one standard deviation over seeds. "
         if _several(found)
         else "with one seed there is no spread to show. "
     )
