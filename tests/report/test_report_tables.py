@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from featdistill.report.comparison import parse_results, read_making, series
 from featdistill.report.figures import spread_apart
@@ -106,10 +107,12 @@ def _results(folder: Path) -> dict:
     return json.loads((folder / "compare.json").read_text(encoding="utf-8"))["results"]
 
 
-def _printed(folder: Path, width: int = 120) -> dict[str, list[str]]:
+def _printed(
+    folder: Path, table: Callable[[dict], Table | None] = comparison_table
+) -> dict[str, list[str]]:
     """First cell -> the others, of each line of the table as printed."""
     out = io.StringIO()
-    Console(file=out, width=width).print(comparison_table(_results(folder)))
+    Console(file=out, width=120).print(table(_results(folder)))
     rows = [line.strip("│").split("│") for line in out.getvalue().splitlines() if "│" in line]
     return {first.strip(): [cell.strip() for cell in rest] for first, *rest in rows}
 

@@ -186,6 +186,7 @@ def _fit(
         metrics=metrics,
         checkpoints=checkpoints,
         cost=CostMeter(runtime.energy_counter(), earlier),
+        spent=earlier,
         quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
         evaluate=evaluate,
         average=average,
@@ -209,6 +210,7 @@ class _Loop:
     metrics: MetricsLog
     checkpoints: Checkpoints
     cost: CostMeter
+    spent: Spent  # as the newest checkpoint has it
     quarantine: Quarantine
     evaluate: Callable[[], Mapping[str, float]] | None
     average: WeightAverage | None
@@ -251,8 +253,7 @@ class _Loop:
             self.bar.stop()
         assert saved == max(start, stop)
         finished = stop == plan.schedule.steps
-        spent = self._spent()
-        return FitResult(stop, finished, spent.seconds, self.last, spent.joules)
+        return FitResult(stop, finished, self.spent.seconds, self.last, self.spent.joules)
 
     def _batches(self, start: int, stop: int, meter: Meter) -> Iterator[Batch]:
         """Batches of the steps to do, timing how long the loop waits for them."""
@@ -349,15 +350,11 @@ class _Loop:
         if self.best is not None:
             self.best.offer(done, scores, self.objective)
 
-    def _spent(self) -> Spent:
-        """The cost so far; energy summed over processes."""
-        spent = self.cost.now()
-        return Spent(spent.seconds, self.runtime.sum_known(spent.joules))
-
     def _save(self, done: int) -> None:
-        spent = self._spent()
+        spent = self.cost.now()
+        self.spent = replace(spent, joules=self.runtime.sum_known(spent.joules))
         if self.runtime.first:
             state = training_state(self.objective, self.optimizer, self.average)
-            extra = {"data_images": len(self.plan.source), **asdict(spent)}
+            extra = {"data_images": len(self.plan.source), **asdict(self.spent)}
             self.checkpoints.save(done, state, extra)
         self.runtime.barrier()

@@ -1,11 +1,16 @@
-"""What a comparison's rows took, as lines of the page's table."""
+"""What a comparison's rows took: lines of the page's table, and a table for the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from featdistill.report import tables
-from featdistill.report.comparison import Comparison, Cost, Spending
+from featdistill.report.comparison import Comparison, Cost, Spending, parse_results
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 UNKNOWN = "not known"
 
@@ -42,6 +47,28 @@ def cost_lines(found: Comparison) -> list[Line]:
         if any(one is not None and one.joules for one in spent):
             lines.append(Line(f"{name}, energy", tuple(map(_energy, spent))))
     return lines
+
+
+def cost_table(results: Mapping[str, Any]) -> Table | None:
+    """The same for the terminal, one line for each row; None where nothing was recorded.
+
+    Args:
+        results: the `results` of a `compare` record.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    found = parse_results(results)
+    lines = cost_lines(found)
+    if not lines:
+        return None
+    table = Table(title="What it took")
+    table.add_column("")
+    for line in lines:
+        table.add_column(line.label, justify="right")
+    for row, *cells in zip(found.rows, *(line.cells for line in lines), strict=True):
+        table.add_row(Text(row.title), *cells)
+    return table
 
 
 def _images(spent: Spending | None) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from featdistill.report.comparison import Comparison, Difference, Row, Spending, parse_results
+from featdistill.report.comparison import Comparison, Difference, Row, parse_results
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,40 +117,23 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
 
 def _columns(found: Comparison) -> list[str]:
     knn = [f"kNN (k = {found.shown_k})"] if found.shown_k is not None else []
-    cost = ["made with", "fine-tuned with"] if _has_costs(found) else []
-    return ["", "parameters", "learning rate", *knn, "top-1", "minus teacher (points)", *cost]
+    return ["", "parameters", "learning rate", *knn, "top-1", "minus teacher (points)"]
 
 
 def _caption(found: Comparison, n: int) -> str:
     parts = ["± is the standard deviation over seeds"] * (n > 1)
     if any(one.shown for one in found.differences):
         parts.append("in brackets: 95% interval")
-    if _has_costs(found):
-        parts.append("cost: images seen, time")
     return "; ".join(parts)
-
-
-def _has_costs(found: Comparison) -> bool:
-    return any(row.cost for row in found.rows)
-
-
-def _spent(spent: Spending | None) -> str:
-    """`19.2 k, 3 min`, as far as it is known."""
-    if spent is None or spent.images_seen is None:
-        return "not known"
-    time = f", {seconds(spent.seconds)}" if spent.images_seen and spent.seconds is not None else ""
-    return f"{count(spent.images_seen)}{time}"
 
 
 def _cells(found: Comparison, row: Row) -> list[str]:
     k = found.shown_k
     against = found.to_teacher(row)
-    cost = [_spent(row.cost.making), _spent(row.cost.finetuning)] if row.cost else [NOTHING] * 2
     return [
         count(row.model.parameters),
         rate(row.lr),
         *([percent(knn_at(row, k))] if k is not None else []),
         percent(row.top1.mean, row.top1.std),
         difference(against) if against else NOTHING,
-        *(cost if _has_costs(found) else []),
     ]

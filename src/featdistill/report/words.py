@@ -377,4 +377,8 @@ def _energy(found: Comparison) -> str:
 def _time(found: Comparison) -> str:
     runs = [run.seconds for row in found.rows for run in row.runs if run.seconds is not None]
     each = f", {tables.seconds(fmean(runs))} for each scored fine-tuning" if runs else ""
+    all_fits = [row.cost.finetuning.seconds for row in found.rows if row.cost]
+    known = [seconds for seconds in all_fits if seconds is not None]
+    if len(known) == len(found.rows):  # over all sessions, unlike the record's own seconds
+        return f"{tables.seconds(sum(known))} for all fine-tunings{each}"
     return f"{tables.seconds(found.seconds)}{each}"

@@ -138,11 +138,14 @@ def _prepare(config: CompareConfig) -> tuple[Setting, list[Row], int]:
 
 
 def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:
+    from featdistill.report.costs import cost_table
     from featdistill.report.page import write_report
     from featdistill.report.tables import comparison_table
 
     page = write_report(record.parent)
     console.print(comparison_table(results))
+    if (costs := cost_table(results)) is not None:
+        console.print(costs)
     say(f"\n{results['verdict']}")
     say(f"in {duration(results['seconds'])}; report: {page}")
     return CompareResult(results, results["verdict"], record, page)
