@@ -62,7 +62,7 @@ def cost_table(results: Mapping[str, Any]) -> Table | None:
     lines = cost_lines(found)
     if not lines:
         return None
-    table = Table(title="What it took")
+    table = Table(title="What it took", padding=0)  # for a terminal of 80 columns
     table.add_column("")
     for line in lines:
         table.add_column(line.label, justify="right")
