@@ -6,7 +6,7 @@ classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -65,6 +65,7 @@ class Batch:
     Attributes:
         views: each (B, 3, height, width); uint8 as it travels, float32 in [0, 1] after `as_float`.
         labels: (B,) int64, or None for unlabelled data.
+        masks: (B, height, width) int16 class numbers, -1 where unlabelled; segmentation only.
         indices: (B,) int64, each sample's place in its source.
         positions: (B,) int64 on CPU, each sample's place in the global batch.
         replaced: unreadable samples of this batch.
@@ -77,6 +78,7 @@ class Batch:
     positions: Tensor
     replaced: tuple[Replaced, ...] = ()
     stream: SampleStream | None = None
+    masks: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -87,10 +89,8 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device) -> Batch:
-        """Views and labels on `device`; indices and positions stay on the CPU."""
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        views = tuple(v.to(device, non_blocking=True) for v in self.views)
-        return replace(self, views=views, labels=labels)
+        """Views, labels and masks on `device`; indices and positions stay on the CPU."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def as_float(self) -> Batch:
         """The views as float32 in [0, 1]."""
@@ -98,8 +98,16 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Page-locked copies, so that the journey to the device does not block."""
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return replace(self, views=tuple(v.pin_memory() for v in self.views), labels=labels)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with its views, labels and masks changed."""
+        return replace(
+            self,
+            views=tuple(change(v) for v in self.views),
+            labels=None if self.labels is None else change(self.labels),
+            masks=None if self.masks is None else change(self.masks),
+        )
 
     def split(self, parts: int) -> list[Batch]:
         """Contiguous micro-batches of equal size; the batch must divide."""
@@ -111,6 +119,7 @@ class Batch:
                 self,
                 views=tuple(v[cut] for v in self.views),
                 labels=None if self.labels is None else self.labels[cut],
+                masks=None if self.masks is None else self.masks[cut],
                 indices=self.indices[cut],
                 positions=self.positions[cut],
             )

@@ -20,8 +20,10 @@ from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator, torch_generator
 from featdistill.core.types import Batch, Replaced
 from featdistill.data.decode import BadImage
+from featdistill.data.joint_views import JointView
+from featdistill.data.masks import PairSource
 from featdistill.data.sources import Source
-from featdistill.data.views import View
+from featdistill.data.views import Address, View
 
 _FEW = 1024
 _ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
@@ -90,19 +92,33 @@ class _Sample:
     label: int | None
     item: Item
     replaced: tuple[Replaced, ...]
+    mask: Tensor | None = None
+
+
+def _look(
+    source: Source, view: View | JointView, index: int, address: Address
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """An image's views, and its mask seen likewise where the source has masks."""
+    if isinstance(source, PairSource):
+        assert isinstance(view, JointView)
+        image, mask = view(*source.read_pair(index), address)
+        return (image,), mask
+    assert not isinstance(view, JointView)
+    return view(source.read(index), address), None
 
 
 class Samples(Dataset[_Sample]):
     """Views of a source by address; an unreadable image is replaced by a keyed other one."""
 
-    def __init__(self, source: Source, view: View, seed: int) -> None:
+    def __init__(self, source: Source, view: View | JointView, seed: int) -> None:
         self.source, self.view, self.seed = source, view, seed
 
     def __getitem__(self, item: Item) -> _Sample:
         index, failures = item.index, []
         for attempt in range(_ATTEMPTS):
             try:
-                views = self.view(self.source.read(index), (self.seed, item.epoch, index))
+                address = (self.seed, item.epoch, index)
+                views, mask = _look(self.source, self.view, index, address)
                 break
             except BadImage as error:
                 rng = generator("substitute", self.seed, item.epoch, item.index, attempt)
@@ -117,18 +133,20 @@ class Samples(Dataset[_Sample]):
             )
         labels = self.source.labels
         label = None if labels is None else int(labels[index])
-        return _Sample(views, label, item, tuple(failures))
+        return _Sample(views, label, item, tuple(failures), mask)
 
 
 def collate(samples: list[_Sample]) -> Batch:
     """Stack samples into a batch."""
     labels = [s.label for s in samples if s.label is not None]
+    masks = [s.mask for s in samples if s.mask is not None]
     return Batch(
         views=tuple(torch.stack(same) for same in zip(*(s.views for s in samples), strict=True)),
         labels=torch.tensor(labels) if len(labels) == len(samples) else None,
         indices=torch.tensor([s.item.index for s in samples]),
         positions=torch.tensor([s.item.position for s in samples]),
         replaced=tuple(r for s in samples for r in s.replaced),
+        masks=torch.stack(masks) if masks else None,
     )
 
 
@@ -140,7 +158,7 @@ def default_workers(processes: int = 1) -> int:
 
 def training_batches(
     source: Source,
-    view: View,
+    view: View | JointView,
     *,
     batch_size: int,
     seed: int,
@@ -178,7 +196,7 @@ def training_batches(
 class _InOrder(Dataset[_Sample]):
     """Every image of a source once; here an unreadable one is an error, scores need them all."""
 
-    def __init__(self, source: Source, view: View) -> None:
+    def __init__(self, source: Source, view: View | JointView) -> None:
         self.source, self.view = source, view
 
     def __len__(self) -> int:
@@ -186,14 +204,21 @@ class _InOrder(Dataset[_Sample]):
 
     def __getitem__(self, index: int) -> _Sample:
         try:
-            return self._sample(index, self.source.read(index))
+            views, mask = _look(self.source, self.view, index, (0, 0, index))
         except BadImage as error:
             return self._unreadable(index, error)
+        return self._sample(index, views, mask)
 
-    def _sample(self, index: int, image: Tensor, replaced: tuple[Replaced, ...] = ()) -> _Sample:
+    def _sample(
+        self,
+        index: int,
+        views: tuple[Tensor, ...],
+        mask: Tensor | None = None,
+        replaced: tuple[Replaced, ...] = (),
+    ) -> _Sample:
         labels = self.source.labels
         label = None if labels is None else int(labels[index])
-        return _Sample(self.view(image, (0, 0, index)), label, Item(0, index, index), replaced)
+        return _Sample(views, label, Item(0, index, index), replaced, mask)
 
     def _unreadable(self, index: int, error: BadImage) -> _Sample:
         raise DataError(
@@ -211,12 +236,14 @@ class _Blackened(_InOrder):
     def _unreadable(self, index: int, error: BadImage) -> _Sample:
         reason = f"{self.source.identify(index)}: {error}"
         black = torch.zeros(3, 1, 1, dtype=torch.uint8)
-        return self._sample(index, black, (Replaced(index, reason, None),))
+        assert not isinstance(self.view, JointView)
+        views = self.view(black, (0, 0, index))
+        return self._sample(index, views, replaced=(Replaced(index, reason, None),))
 
 
 def ordered_batches(
     source: Source,
-    view: View,
+    view: View | JointView,
     *,
     batch_size: int,
     workers: int | None = None,

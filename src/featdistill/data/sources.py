@@ -121,12 +121,16 @@ class ArrowSource:
         return value if isinstance(value, dict) else {"bytes": value, "path": None}
 
     def read(self, index: int) -> Tensor:
+        return decode(self.data(index))
+
+    def data(self, index: int) -> bytes:
+        """The encoded image. Raises BadImage."""
         cell = self._cell(index)
         if cell.get("bytes"):
-            return decode(cell["bytes"])
+            return bytes(cell["bytes"])
         if cell.get("path"):
             try:
-                return decode(Path(self.root or ".", cell["path"]).read_bytes())
+                return Path(self.root or ".", cell["path"]).read_bytes()
             except OSError as error:
                 raise BadImage(error.strerror or str(error)) from None
         raise BadImage("the cell holds neither bytes nor a path")
