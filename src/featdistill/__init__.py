@@ -37,6 +37,7 @@ _HOMES = {
     "predict": "featdistill.tasks.api",
     "pretrain": "featdistill.tasks.api",
     "quickstart": "featdistill.tasks.api",
+    "segment": "featdistill.tasks.api",
     "write_report": "featdistill.tasks.api",
 }
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         predict,
         pretrain,
         quickstart,
+        segment,
         write_report,
     )
 

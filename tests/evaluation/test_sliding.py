@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from featdistill.evaluation.sliding import (
     Sliding,
-    Testing,
+    Looks,
     largest,
     predict_mask,
     sliding_logits,
@@ -109,15 +109,15 @@ def test_all_looks_agree_on_a_constant_model(
         return level.expand(len(images), K, *images.shape[-2:])
 
     sliding = None if window is None else Sliding((window, window), (5, 5))
-    found = predict_mask(constant, image(11, 17), (23, 31), Testing(sliding, scales, flip))
+    found = predict_mask(constant, image(11, 17), (23, 31), Looks(sliding, scales, flip))
     assert torch.equal(found, torch.full((23, 31), 3))
 
 
 def test_the_mirror_image_is_mirrored_back(pointwise: nn.Conv2d) -> None:
     """For a pointwise model both looks say the same of every pixel."""
     one = image(12, 20)
-    plain = predict_mask(pointwise, one, (12, 20), Testing(None))
-    both = predict_mask(pointwise, one, (12, 20), Testing(None, (1.0,), flip=True))
+    plain = predict_mask(pointwise, one, (12, 20), Looks(None))
+    both = predict_mask(pointwise, one, (12, 20), Looks(None, (1.0,), flip=True))
     assert torch.equal(plain, both)
     assert torch.equal(plain, pointwise(one[None])[0].argmax(0))
     assert len(plain.unique()) > 1
@@ -133,7 +133,7 @@ def test_probabilities_are_averaged_not_logits() -> None:
 
     one = torch.zeros(3, 1, 2)
     one[:, :, 1] = 1.0  # mirrored, the first pixel is bright
-    found = predict_mask(moody, one, (1, 2), Testing(None, (1.0,), flip=True))
+    found = predict_mask(moody, one, (1, 2), Looks(None, (1.0,), flip=True))
     chance = (torch.tensor([0.0, -30.0]).softmax(0) + torch.tensor([0.0, 1.2]).softmax(0)) / 2
     assert found.unique().tolist() == [int(chance.argmax())] == [0]
 

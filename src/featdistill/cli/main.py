@@ -18,6 +18,7 @@ SUMMARIES = (
     ("knn", "classify by nearest neighbours in frozen features"),
     ("predict", "classify images with a fine-tuned model"),
     ("features", "write the features of images to safetensors or parquet"),
+    ("segment", "train a segmenter on a backbone, score it, and predict masks"),
     ("diagnose", "look inside models: what heads attend to, what features are like, by layer"),
     ("landscape", "loss and accuracy around models' weights: how flat is the valley?"),
     ("curvature", "the steepest directions of the loss around models' weights (Hessian)"),

@@ -257,6 +257,8 @@ def _say(schema: type[Command], merged: _Merged, detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{merged.origins.get(path, 'options')}: {unknown_option(schema, path)}"
     message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" and not path:
+        return message  # of the whole command
     if detail["type"] == "value_error":
         return f"{name.removeprefix('--') if not short else name}: {message}"
     given = detail["input"]

@@ -318,6 +318,17 @@ class FinetuneScheduleConfig(ScheduleConfig):
     final_ratio: float = Field(1 / 5000, ge=0, description="last rate over peak rate")
 
 
+class PolynomialScheduleConfig(ScheduleConfig):
+    """Segmentation's schedule: linear warm-up, then a polynomial, by step."""
+
+    power: float = Field(1.0, gt=0, description="power of the polynomial decay; 1: a line")
+    warmup: float = Field(
+        1500 / 160_000, ge=0, lt=1, description="share of the steps for warm-up (1500 of 160,000)"
+    )
+    start_ratio: float = Field(1e-6, ge=0, description="first rate over peak rate")
+    final_ratio: float = Field(0.0, ge=0, description="last rate over peak rate")
+
+
 class Precision(StrEnum):
     """Arithmetic of the training step."""
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featdistill.core.errors import DataError, Interrupted
 from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
+from featdistill.data.joint_views import JointView
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
@@ -47,7 +48,7 @@ class Plan:
     """
 
     source: Source
-    view: View
+    view: View | JointView
     batch_size: int
     schedule: Schedule
     seed: int
@@ -107,6 +108,22 @@ def check_batch(batch_size: int, *, processes: int, micro_batches: int, even: bo
         )
 
 
+def check_batch_norm(objective: nn.Module, *, processes: int, micro_batches: int) -> None:
+    """Raise DataError if a batch norm would see only a part of each batch."""
+    parts = processes * micro_batches
+    if parts > 1 and any(isinstance(m, _BatchNorm) and _learns(m) for m in objective.modules()):
+        raise DataError(
+            f"the model has batch norm, whose statistics {parts} parts of a batch would change",
+            fix="train it with one process and one micro-batch",
+        )
+
+
+def _learns(norm: nn.Module) -> bool:
+    """Whether a norm is trained; a frozen one keeps its statistics too."""
+    parameters = list(norm.parameters())
+    return not parameters or any(p.requires_grad for p in parameters)
+
+
 def fit(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -152,12 +169,7 @@ def _fit(
     evaluate: Callable[[], Mapping[str, float]] | None,
     average: WeightAverage | None,
 ) -> FitResult:
-    parts = plan.micro_batches * runtime.share.world
-    if parts > 1 and any(isinstance(m, _BatchNorm) for m in objective.modules()):
-        raise DataError(
-            f"the model has batch norm, whose statistics {parts} parts of a batch would change",
-            fix="train it with one process and one micro-batch",
-        )
+    check_batch_norm(objective, processes=runtime.share.world, micro_batches=plan.micro_batches)
     checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
     wrapped, stepper = runtime.prepare(objective, optimizer)
     if average is not None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up and a cosine, by step.
+    """Linear warm-up, then a cosine or a polynomial, by step.
 
     Attributes:
         steps: optimiser steps of the whole run.
         warmup: of them, steps of linear warm-up.
         peak, start, final: learning rates.
+        power: of the polynomial (1: a line) from peak to final rate; None: a cosine.
     """
 
     steps: int
@@ -21,6 +22,7 @@ class Schedule:
     peak: float
     start: float
     final: float
+    power: float | None = None
 
     def rate(self, step: int, *, scale: float = 1.0) -> float:
         """Learning rate of step 0, 1, ..., `steps` - 1.
@@ -34,7 +36,11 @@ class Schedule:
         if step < self.warmup:
             return self.start + (peak - self.start) * step / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.final + (peak - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.power is not None:
+            left: float = (1 - progress) ** self.power
+        else:
+            left = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final + (peak - self.final) * left
 
 
 def build_schedule(
@@ -46,6 +52,7 @@ def build_schedule(
     warmup: float,
     start_ratio: float,
     final_ratio: float,
+    power: float | None = None,
 ) -> Schedule:
     """A schedule from epochs or steps and from ratios to the peak rate.
 
@@ -53,11 +60,11 @@ def build_schedule(
         per_epoch: steps in an epoch.
         warmup: share of the steps.
         start_ratio, final_ratio: first and last rate over the peak.
+        power: of a polynomial decay; None: a cosine.
     """
     total = steps if steps is not None else max(1, round((epochs or 1) * per_epoch))
-    return Schedule(
-        total, round(warmup * total), peak, min(peak, peak * start_ratio), peak * final_ratio
-    )
+    first, last = min(peak, peak * start_ratio), peak * final_ratio
+    return Schedule(total, round(warmup * total), peak, first, last, power)
 
 
 def scaled_rate(lr: float | None, lr_per_512: float, batch_size: int) -> float:

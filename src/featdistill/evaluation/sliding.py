@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featdistill.models.padding import fill_to
+
 Logits = Callable[[Tensor], Tensor]  # images (B, 3, h, w) -> logits (B, K, h, w)
 _CHUNK = 16  # classes brought to the labels' size at once
 
@@ -72,20 +74,8 @@ def sliding_logits(logits: Logits, image: Tensor, sliding: Sliding) -> Tensor:
     return (total / seen)[:, :height, :width]
 
 
-def fill_to(image: Tensor, size: tuple[int, int], fill: Sequence[float]) -> Tensor:
-    """The image (..., 3, h, w) with `fill` below and to the right, at least `size`."""
-    height, width = image.shape[-2:]
-    tall, wide = max(height, size[0]), max(width, size[1])
-    if (tall, wide) == (height, width):
-        return image
-    colour = torch.tensor(fill, dtype=image.dtype, device=image.device)[:, None, None]
-    filled = colour.expand(*image.shape[:-2], tall, wide).clone()
-    filled[..., :height, :width] = image
-    return filled
-
-
 @dataclass(frozen=True)
-class Testing:
+class Looks:
     """How an image is looked at.
 
     Attributes:
@@ -94,15 +84,13 @@ class Testing:
         flip: its mirror image too.
     """
 
-    __test__ = False  # no test, whatever its name
-
     sliding: Sliding | None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
 
 
 @torch.no_grad()
-def predict_mask(logits: Logits, image: Tensor, size: tuple[int, int], testing: Testing) -> Tensor:
+def predict_mask(logits: Logits, image: Tensor, size: tuple[int, int], looks: Looks) -> Tensor:
     """The most likely class of each pixel.
 
     One look: logits are brought to the labels' size and the largest wins, as in mmsegmentation.
@@ -116,12 +104,12 @@ def predict_mask(logits: Logits, image: Tensor, size: tuple[int, int], testing: 
     Returns:
         (H, W) int64.
     """
-    looks = [(scale, mirrored) for scale in testing.scales for mirrored in _mirrors(testing.flip)]
-    if len(looks) == 1 and looks[0] == (1.0, False):
-        return largest(_look(logits, image, testing.sliding), size)
+    each = [(scale, mirrored) for scale in looks.scales for mirrored in _mirrors(looks.flip)]
+    if each == [(1.0, False)]:
+        return largest(_look(logits, image, looks.sliding), size)
     total = None
-    for scale, mirrored in looks:
-        found = _look(logits, _scaled(image, scale, mirrored), testing.sliding)
+    for scale, mirrored in each:
+        found = _look(logits, _scaled(image, scale, mirrored), looks.sliding)
         if mirrored:
             found = found.flip(-1)
         chance = _bilinear(found, image.shape[-2:]).softmax(0)

@@ -200,12 +200,20 @@ class Backbone(nn.Module):
     @property
     def layer_grids(self) -> tuple[tuple[int, int], ...]:
         """The token grid of each layer that `forward` can return, first to last."""
+        height, width = self.image_size
+        reductions = [e["reduction"] for e in self._layer_info()]
+        return tuple((-(-height // r), -(-width // r)) for r in reductions)
+
+    @property
+    def layer_widths(self) -> tuple[int, ...]:
+        """The channels of each layer that `forward` can return, first to last."""
+        return tuple(e["num_chs"] for e in self._layer_info())
+
+    def _layer_info(self) -> list[dict[str, Any]]:
         info = getattr(self.model, "feature_info", None)
         if not info:
-            return ()
-        entries = [info[i] if isinstance(info, list) else info.info[i] for i in range(len(info))]
-        height, width = self.image_size
-        return tuple((-(-height // e["reduction"]), -(-width // e["reduction"])) for e in entries)
+            return []
+        return [info[i] if isinstance(info, list) else info.info[i] for i in range(len(info))]
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ModelError if the model cannot see images of this size."""

@@ -12,8 +12,10 @@ from featdistill.models.timm_models import create, drop_path_argument, family_fi
 from featdistill.models.weights import load_exactly
 
 
-def resize(backbone: Backbone, image_size: int, *, how: BiasResampling = "linear") -> Backbone:
-    """The backbone at another image size; the same one if nothing changes.
+def resize(
+    backbone: Backbone, image_size: int | tuple[int, int], *, how: BiasResampling = "linear"
+) -> Backbone:
+    """The backbone at another image size (a side, or height and width); the same one if it has it.
 
     A model that is made for one size is built again for the other, and its positions are carried
     over: absolute ones bicubic and antialiased, relative bias tables as `how` says
@@ -23,13 +25,16 @@ def resize(backbone: Backbone, image_size: int, *, how: BiasResampling = "linear
     Raises:
         ModelError: the size is no whole number of patches.
     """
-    if backbone.image_size == (image_size, image_size):
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if backbone.image_size == size:
         return backbone
     model, build, origin = backbone.model, backbone.build, backbone.origin
     if backbone.fixed_size:
         assert build is not None
-        build = TimmBuild(build.architecture, {**build.arguments, "img_size": image_size})
-        check_divides(model, image_size, origin)
+        timm_size = size[0] if size[0] == size[1] else size
+        build = TimmBuild(build.architecture, {**build.arguments, "img_size": timm_size})
+        for side in size:
+            check_divides(model, side, origin)
         rate = drop_path_argument(build.architecture, backbone.slot.rate)
         model = create(build.architecture, **build.arguments, **rate)
         carried = _carry(backbone, model, how)
@@ -41,7 +46,7 @@ def resize(backbone: Backbone, image_size: int, *, how: BiasResampling = "linear
         model,
         mean=mean,
         std=std,
-        image_size=(image_size, image_size),
+        image_size=size,
         origin=origin,
         build=build,
         class_names=backbone.class_names,

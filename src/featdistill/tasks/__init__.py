@@ -16,6 +16,7 @@ _HOMES = {
     "knn": "knn",
     "predict": "predict",
     "features": "features",
+    "segment": "segment",
     "diagnose": "diagnose",
     "landscape": "landscape",
     "curvature": "curvature",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from featdistill.tasks.predict import PredictResult
     from featdistill.tasks.pretrain import PretrainResult
     from featdistill.tasks.quickstart import QuickstartResult
+    from featdistill.tasks.segment import SegmentResult
+    from featdistill.tasks.segment_predict import SegmentPredictResult
 
 
 def _call(command: str, options: dict[str, Any]) -> Any:
@@ -83,6 +85,14 @@ def features(**options: Any) -> FeaturesResult:
         if isinstance(options.get(name), str | int):
             options[name] = str(options[name]).split(",")
     return _call("features", options)
+
+
+def segment(**options: Any) -> SegmentResult | SegmentPredictResult:
+    """Train and score a segmenter; wants `model`, `data` and `out`.
+
+    `train="none"` scores a trained one; with `predict` (and no `data`) it writes masks.
+    """
+    return _call("segment", options)
 
 
 def diagnose(kind: str, **options: Any) -> AttentionDiagnosis | FeaturesDiagnosis:

@@ -11,11 +11,13 @@ from featdistill.config.sections import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PolynomialScheduleConfig,
     RunConfig,
     ScheduleConfig,
 )
 from featdistill.core.errors import ConfigError, DataError
 from featdistill.data.index import EXTENSIONS
+from featdistill.data.joint_views import JointView
 from featdistill.data.loader import steps_per_epoch
 from featdistill.data.open import open_data
 from featdistill.data.parts import Data
@@ -128,10 +130,13 @@ def schedule_of(
         warmup=schedule.warmup,
         start_ratio=schedule.start_ratio,
         final_ratio=schedule.final_ratio,
+        power=schedule.power if isinstance(schedule, PolynomialScheduleConfig) else None,
     )
 
 
-def plan_of(config: Any, source: Source, view: View, schedule: Schedule, *, title: str) -> Plan:
+def plan_of(
+    config: Any, source: Source, view: View | JointView, schedule: Schedule, *, title: str
+) -> Plan:
     """The loop's plan from a command's `data`, `optimizer`, `schedule` and `run` sections."""
     run: RunConfig = config.run
     return Plan(

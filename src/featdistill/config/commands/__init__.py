@@ -24,6 +24,7 @@ from featdistill.config.commands.evaluation import (
     KnnCommandConfig,
     PredictConfig,
 )
+from featdistill.config.commands.segmentation import SegmentConfig
 from featdistill.config.commands.training import (
     FinetuneConfig,
     PretrainConfig,
@@ -46,6 +47,7 @@ COMMANDS: dict[str, type[Command]] = {
     "knn": KnnCommandConfig,
     "predict": PredictConfig,
     "features": FeaturesConfig,
+    "segment": SegmentConfig,
     "diagnose": DiagnoseConfig,
     "landscape": LandscapeConfig,
     "curvature": CurvatureConfig,
@@ -83,4 +85,5 @@ __all__ = [
     "QuickstartConfig",
     "RecipesConfig",
     "ReportConfig",
+    "SegmentConfig",
 ]
