@@ -15,8 +15,9 @@ def scene(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray
     """An image and its classes 0..2: two halves of different colours, and a square on them."""
     classes = np.zeros((height, width), dtype=np.uint8)
     classes[:, int(rng.integers(width // 4, 3 * width // 4)) :] = 1
-    top, left = int(rng.integers(height - 6)), int(rng.integers(width - 6))
-    classes[top : top + 6, left : left + 6] = 2
+    side = min(height, width) // 2
+    top, left = int(rng.integers(height - side)), int(rng.integers(width - side))
+    classes[top : top + side, left : left + side] = 2
     colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 220]])
     noisy = colours[classes] + rng.integers(-30, 31, (height, width, 3))
     return noisy.clip(0, 255).astype(np.uint8), classes

@@ -28,16 +28,26 @@ def test_cosine_has_its_ends_and_its_middle() -> None:
     assert schedule.rate(109) == pytest.approx(0.2, abs=1e-3)
 
 
+def test_a_polynomial_has_its_ends_and_its_middle() -> None:
+    """mmsegmentation's `poly`: (1 - progress) ** power, from the peak to the last rate."""
+    line = Schedule(steps=110, warmup=10, peak=1.0, start=0.0, final=0.2, power=1.0)
+    assert [line.rate(s) for s in (5, 10, 60, 110)] == pytest.approx([0.5, 1.0, 0.6, 0.2])
+    bent = Schedule(steps=110, warmup=10, peak=1.0, start=0.0, final=0.0, power=0.9)
+    assert bent.rate(85) == pytest.approx(0.25**0.9)
+    assert bent.rate(60, scale=0.1) == pytest.approx(0.1 * 0.5**0.9)
+
+
 @given(
     steps=st.integers(1, 500),
     warmup=st.floats(0, 0.999),
     peak=st.floats(1e-6, 10),
     start=st.floats(0, 1),
     final=st.floats(0, 1),
+    power=st.sampled_from([None, 0.9, 1.0, 2.0]),
 )
 @settings(derandomize=True, deadline=None)
 def test_rises_then_falls_between_its_ends(
-    steps: int, warmup: float, peak: float, start: float, final: float
+    steps: int, warmup: float, peak: float, start: float, final: float, power: float | None
 ) -> None:
     schedule = build_schedule(
         per_epoch=7,
@@ -47,6 +57,7 @@ def test_rises_then_falls_between_its_ends(
         warmup=warmup,
         start_ratio=start,
         final_ratio=final,
+        power=power,
     )
     rates = [schedule.rate(s) for s in range(steps)]
     top, slack = schedule.warmup, 1e-12 * peak

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from featdistill.evaluation.sliding import (
-    Sliding,
     Looks,
+    Sliding,
     largest,
     predict_mask,
     sliding_logits,

@@ -21,6 +21,7 @@ from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
 from featdistill.engine.average import WeightAverage
+from featdistill.engine.batchnorm import JointBatchNorm2d
 from featdistill.engine.best import Best, Choice
 from featdistill.engine.checkpoint import Checkpoints, restore, training_state
 from featdistill.engine.cost import CostMeter, Spent
@@ -109,12 +110,19 @@ def check_batch(batch_size: int, *, processes: int, micro_batches: int, even: bo
 
 
 def check_batch_norm(objective: nn.Module, *, processes: int, micro_batches: int) -> None:
-    """Raise DataError if a batch norm would see only a part of each batch."""
-    parts = processes * micro_batches
-    if parts > 1 and any(isinstance(m, _BatchNorm) and _learns(m) for m in objective.modules()):
+    """Raise DataError if a batch norm would see only a part of each batch.
+
+    Those that can see all processes' images (`engine.batchnorm`) may be spread over processes.
+    """
+    norms = [m for m in objective.modules() if isinstance(m, _BatchNorm) and _learns(m)]
+    alone = any(not isinstance(m, JointBatchNorm2d) for m in norms)
+    parts = micro_batches * (processes if alone else 1)
+    if norms and parts > 1:
         raise DataError(
             f"the model has batch norm, whose statistics {parts} parts of a batch would change",
-            fix="train it with one process and one micro-batch",
+            fix="train it with one process and one micro-batch"
+            if alone
+            else "train it with one micro-batch",
         )
 
 

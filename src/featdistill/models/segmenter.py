@@ -5,7 +5,6 @@ B batch, K classes, H W pixels of the image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -116,11 +115,17 @@ class Segmenter(nn.Module):
         return self
 
     @property
+    def heads(self) -> list[nn.Module]:
+        """Everything beside the backbone."""
+        beside = [] if self.auxiliary is None else [self.auxiliary]
+        return [self.pyramid, self.head, *beside]
+
+    @property
     def trained_parts(self) -> list[tuple[str, nn.Module]]:
         """(prefix, module) of what learns, the backbone's timm model first."""
         parts = [("backbone.model.", self.backbone.model)] if not self.frozen else []
-        parts += [("pyramid.", self.pyramid), ("head.", self.head)]
-        return parts + ([("auxiliary.", self.auxiliary)] if self.auxiliary is not None else [])
+        names = ("pyramid.", "head.", "auxiliary.")
+        return parts + list(zip(names, self.heads, strict=False))
 
     def forward(self, images: Tensor, *, stream: SampleStream | None = None) -> SegmentationLogits:
         """Logits at the images' size.
@@ -250,8 +255,7 @@ def pooled_over_batch(segmenter: Segmenter) -> bool:
 
 def describe(segmenter: Segmenter) -> str:
     """`UperNet, 512 channels, on layers 2, 5, 8, 11; 33,315,990 parameters beside the backbone`."""
-    parts: Sequence[nn.Module] = (segmenter.pyramid, segmenter.head, *_some(segmenter.auxiliary))
-    count = sum(p.numel() for part in parts for p in part.parameters())
+    count = sum(p.numel() for part in segmenter.heads for p in part.parameters())
     if isinstance(segmenter.head, UperHead):
         layers = ", ".join(map(str, segmenter.layers))
         channels = segmenter.head.classifier.in_channels
@@ -259,7 +263,3 @@ def describe(segmenter: Segmenter) -> str:
     else:
         what = "a linear head on the last map"
     return f"{what}; {count:,} parameters beside the backbone"
-
-
-def _some(module: nn.Module | None) -> tuple[nn.Module, ...]:
-    return () if module is None else (module,)

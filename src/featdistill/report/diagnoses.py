@@ -11,6 +11,7 @@ from featdistill.report import attention_figures, feature_figures, landscape_fig
 from featdistill.report.folders import Found
 from featdistill.report.gallery import Gallery, Section
 from featdistill.report.landscape_section import landscape
+from featdistill.report.segmentation_section import segmentation
 from featdistill.report.words import images_of
 
 _READ: dict[str, Callable[[Gallery, Found], Iterator[Section]]] = {}
@@ -184,4 +185,5 @@ _READ |= {
     "diagnose-features": _features,
     "landscape": landscape,
     "curvature": _curvature,
+    "segment": segmentation,
 }

@@ -15,9 +15,13 @@ from featdistill.core.records import read_record
 from featdistill.engine.rundir import read_metrics
 from featdistill.report.comparison import CURVES, SIGNAL, Series, series
 
-_RUNS = ("pretrain", "distill", "finetune")
+_RUNS = ("pretrain", "distill", "finetune", "segment")
 # label -> key in metrics.jsonl
-_CURVES = {**CURVES, "finetune": {"loss": "loss", "top-1 on held-out images": "val_top1"}}
+_CURVES = {
+    **CURVES,
+    "finetune": {"loss": "loss", "top-1 on held-out images": "val_top1"},
+    "segment": {"loss": "main_loss", "mIoU on held-out images": "val_miou"},
+}
 DIAGNOSES = ("diagnose-attention", "diagnose-features", "landscape", "curvature")
 
 
@@ -73,7 +77,7 @@ class Material:
 
     Attributes:
         comparison: at most one.
-        runs: pre-training, distillations and fine-tunings, in the order given.
+        runs: pre-training, distillations, fine-tunings and segmentations, in the order given.
         diagnoses: in the page's order.
     """
 

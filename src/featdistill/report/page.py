@@ -53,7 +53,12 @@ def write_report(*folders: Path, out: Path | None = None) -> Path:
         training = _training(gallery, compared) if compared else []
         with style.house():
             training += runs.curves(gallery, material)
-            diagnoses = [s for one in material.diagnoses for s in sections(gallery, one)]
+            diagnoses = [
+                s
+                for one in (*material.runs, *material.diagnoses)
+                if one.kind == "segment" or one in material.diagnoses
+                for s in sections(gallery, one)
+            ]
         page = out / "index.html"
         page.write_text(_render(material, compared, answer, training, diagnoses), encoding="utf-8")
     except OSError as error:

@@ -20,13 +20,14 @@ _TITLES = {
     "pretrain": "Pre-training",
     "distill": "Distillation",
     "finetune": "Fine-tuning",
+    "segment": "Segmentation",
     "diagnose-attention": "Attention",
     "diagnose-features": "Features",
     "landscape": "Landscape",
     "curvature": "Curvature",
 }
 # whose colour a run's curves have
-_ROLES = {"pretrain": "teacher", "distill": "student", "finetune": "other"}
+_ROLES = {"pretrain": "teacher", "distill": "student", "finetune": "other", "segment": "other"}
 _CAPTIONS = {
     "pretrain": "Contrastive loss (nats), and the share of views whose own partner is the nearest, "
     "on training views; no labels.",
@@ -34,6 +35,8 @@ _CAPTIONS = {
     "target, on training views; where it was measured, the same on held-out images.",
     "finetune": "Cross-entropy on training views (nats), and the share of held-out images that are "
     "classified rightly.",
+    "segment": "Cross-entropy of the main head on training crops (nats), and the mean IoU on "
+    "held-out images at their own size.",
 }
 
 
@@ -56,6 +59,9 @@ def verdict(material: Material) -> str:
     scored = [run for run in material.runs if isinstance(run.results.get("top1"), float)]
     if len(scored) > 1:
         return _ranked(scored)
+    segmented = [run for run in material.runs if run.kind == "segment"]
+    if segmented and not scored:
+        return _segmented(segmented)
     if scored:
         (run,) = scored
         return (
@@ -95,6 +101,27 @@ def _ranked(scored: Sequence[Found]) -> str:
     )
 
 
+def _segmented(runs: Sequence[Found]) -> str:
+    """The best segmenter and the next, and whether the images drawn could explain it."""
+    best, *others = sorted(runs, key=lambda run: -run.results["miou"])
+    results = best.results
+    said = (
+        f"{best.name} segments held-out images with mIoU {tables.percent(results['miou'])}; "
+        f"a guess by position alone has {tables.percent(results['prior']['miou'])}."
+    )
+    if not others:
+        return said
+    second = others[0].results
+    difference = results["miou"] - second["miou"]
+    error = (results["miou_error"] ** 2 + second["miou_error"] ** 2) ** 0.5
+    sure = "more" if difference > 2 * error else "not more"
+    return (
+        f"{said} {others[0].name} has {tables.percent(second['miou'])}: {100 * difference:.1f} "
+        f"points apart, {sure} than two standard errors of {results['images']:,} images "
+        f"({200 * error:.1f} points). One run each: how far seeds spread is not known."
+    )
+
+
 def _held(run: Found) -> int:
     """Images that a fine-tuning was scored on; 0 if its record does not say."""
     for key in ("images", "held_out_images", "val_images", "test_images"):
@@ -115,13 +142,16 @@ def table(material: Material) -> list[tuple[str, tuple[str, ...]]]:
 def _cells(run: Found) -> list[tuple[str, str]]:
     results = run.results
     cells = [("Kind", _TITLES[run.kind])]
-    for key, label in (("top1", "Top-1"), ("top5", "Top-5")):
+    scores = {"top1": "Top-1", "top5": "Top-5", "miou": "mIoU", "macc": "Mean accuracy"}
+    for key, label in (*scores.items(), ("aacc", "Pixel accuracy")):
         if isinstance(results.get(key), float):
             cells.append((label, tables.percent(results[key])))
+    if isinstance(results.get("prior"), dict):
+        cells.append(("mIoU by position alone", tables.percent(results["prior"]["miou"])))
     if _held(run):
         cells.append(("Scored on, images", f"{_held(run):,}"))
     for label, curve in run.curves.items():
-        if not label.startswith("top-1"):
+        if not label.startswith(("top-1", "mIoU")):
             cells.append((f"Last {label}", f"{curve.values[-1]:.4g}"))
     if isinstance(results.get("steps"), int):
         cells.append(("Steps", f"{results['steps']:,}"))

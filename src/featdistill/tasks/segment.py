@@ -11,6 +11,7 @@ from featdistill.core.errors import DataError
 from featdistill.data.masks import PairSource
 from featdistill.data.segmentation import SegmentationData
 from featdistill.engine.average import WeightAverage
+from featdistill.engine.batchnorm import join_batch_norms
 from featdistill.engine.loop import FitResult, check_batch, check_batch_norm, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
@@ -127,6 +128,9 @@ def _objective(config: SegmentConfig, segmenter: Segmenter, runtime: Runtime) ->
     looks_of(config, segmenter)
     batch, parts = config.data.batch_size, config.run.micro_batches
     check_batch(batch, processes=runtime.share.world, micro_batches=parts)
+    if runtime.share.world > 1:
+        for head in segmenter.heads:
+            join_batch_norms(head)
     check_batch_norm(segmenter, processes=runtime.share.world, micro_batches=parts)
     if pooled_over_batch(segmenter) and batch < 2:
         raise DataError(
