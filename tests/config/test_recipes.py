@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from featdistill.cli.options import parse
-from featdistill.config.commands import COMMANDS, FinetuneConfig
+from featdistill.config.commands import COMMANDS, FinetuneConfig, SegmentConfig
 from featdistill.config.resolve import read_recipe, recipe_names, recipe_text, resolve
 
 # what every head says, in this order; "teacher" may come after the command
@@ -115,6 +115,49 @@ def rates(
     assert schedule.warmup * epochs == pytest.approx(warmup)
     assert schedule.start_ratio * peak == pytest.approx(first)
     assert schedule.final_ratio * peak == pytest.approx(last)
+
+
+# BEiT's configuration files for ADE20K (and Swin's values): crop, layers, channels, drop path, rate,
+# weight decay, layer decay
+SEGMENT = {
+    "seg-vit-b": (512, (3, 5, 7, 11), 768, 0.1, 7e-4, 0.05, 0.65),
+    "seg-vit-l": (640, (7, 11, 15, 23), 1024, 0.2, 2e-5, 0.05, 0.95),
+    "seg-swin-b": (512, None, 512, 0.3, 6e-5, 0.01, 1.0),
+}
+ALIKE = {
+    "seg-vit-b": ("seg-clip-vit-b", "seg-deit-vit-b", "seg-dino-vit-b", "seg-mae-vit-b"),
+    "seg-vit-l": ("seg-clip-vit-l",),
+    "seg-swin-b": ("seg-esvit-swin-b",),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENT)
+def test_published_segmentations(name: str) -> None:
+    size, layers, channels, drop_path, lr, decay, layer_decay = SEGMENT[name]
+    _, command, *words = head(name)["command"].split()
+    config = resolve(command, parse(COMMANDS[command], words).values, recipe=name)
+    assert isinstance(config, SegmentConfig)
+    assert (config.view.size, config.view.short) == ((size, size), size)
+    assert (config.view.scale, config.view.largest, config.data.batch_size) == ((0.5, 2), 0.75, 16)
+    assert (config.head.layers, config.head.channels) == (layers, channels)
+    assert (config.head.auxiliary, config.head.auxiliary_weight) == (256, 0.4)
+    assert (config.drop_path, config.head.dropout) == (drop_path, 0.1)
+    optimizer, schedule = config.optimizer, config.schedule
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.layer_decay) == (lr, decay, layer_decay)
+    assert (optimizer.clip, optimizer.betas) == (None, (0.9, 0.999))
+    assert (schedule.steps, round(schedule.warmup * 160_000)) == (160_000, 1500)
+    assert (schedule.power, schedule.start_ratio, schedule.final_ratio) == (1.0, 1e-6, 0.0)
+    assert (config.test.mode, int(size * config.test.stride)) == ("sliding", size * 2 // 3)
+    for other in ALIKE[name]:
+        assert read_recipe(other) == read_recipe(name), other
+
+
+def test_every_teacher_of_the_paper_has_a_segmentation() -> None:
+    """What the paper distils: the recipe takes its student."""
+    for teacher in ("dino-vit-b", "clip-vit-b", "deit-vit-b", "mae-vit-b", "clip-vit-l",
+                    "esvit-swin-b", "swinv2-g"):  # fmt: skip
+        assert f"--model runs/fd-{teacher}" in head(f"seg-{teacher}")["command"]
+        assert f"fd-{teacher}" in recipe_names()
 
 
 # ours, where nothing is published: each is another recipe but for what is named

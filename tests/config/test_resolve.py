@@ -38,6 +38,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "export": {"model": "a", "out": "o"},
     "curvature": {"model": ["a"], "data": "digits", "out": "o"},
     "landscape": {"model": ["a"], "data": "digits", "out": "o"},
+    "segment": {"model": "a", "data": "d", "out": "o"},
     "diagnose": {"kind": "features", "model": ["a"], "data": "digits", "out": "o"},
     "report": {"run": ["a"]},
     "models": {},
@@ -176,8 +177,18 @@ def test_what_is_required_is_named_option_by_option(command: str) -> None:
         resolve(command, {})
         return
     lines = problems(command, {})
-    assert {line.split()[0] for line in lines} == {f"--{name}" for name in REQUIRED[command]}
+    named = set(REQUIRED[command]) - ({"data"} if command == "segment" else set())
+    assert {line.split()[0] for line in lines} == {f"--{name}" for name in named}
     assert all("required" in line for line in lines)
+
+
+def test_segment_wants_data_or_images_to_predict() -> None:
+    given = {"model": "a", "out": "o"}
+    (line,) = problems("segment", given)
+    assert line.startswith("--data is required")
+    resolve("segment", {**given, "predict": "images"})
+    (line,) = problems("segment", {**given, "data": "d", "predict": "images"})
+    assert "not both" in line
 
 
 @pytest.mark.parametrize(("mine", "other"), [("steps", "epochs"), ("epochs", "steps")])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from featdistill.cli.main import main
+from tests.data.segmentation_folders import ade20k, save
 
 TEACHER = ["--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", "random"]
 STUDENT = ["--student", "vit-t", "--student.depth", "1"]
@@ -292,3 +294,74 @@ def test_comparisons_that_cannot_be(
     strangers = class_folders(tmp_path / "other", train=("ant", "bee"), val=("ant", "wasp"))[-2:]
     fails(capsys, *words, *strangers, says=("lacks: wasp",))
     assert not Path(out[1]).exists()
+
+
+SEGMENT = ["segment", "--model", "timm/vit_tiny_patch16_224", "--weights", "random"]
+TINY_HEAD = ["--head.channels", "8", "--image-size", "32", "--steps", "1", "--workers", "0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), ("--data is required",)),
+        (("--data", "nowhere"), ("no segmentation data at 'nowhere'",)),
+        (("--data", "SCENES", "--predict", "x"), ("either --data", "--predict")),
+        (("--data", "SCENES", "--classes", "2"), ("holds 3, which is no class", "--classes")),
+        (("--data", "SCENES", "--classes", "voc20"), ("did you mean 'voc'",)),
+        (("--data", "SCENES", "--data.first_class", "0"), ("holds 3", "--data.first_class")),
+        (("--data", "SCENES", "--batch-size", "1"), ("a batch of 1", "--head linear")),
+        (("--data", "SCENES", "--batch-size", "9"), ("batch of 9 is larger", "--batch-size 8")),
+        (("--data", "SCENES", "--batch-size", "4", "--run.micro_batches", "2"), ("batch norm",)),
+        (("--data", "SCENES", "--test.mode", "whole"), ("32x32", "--test.mode sliding")),
+        (("--data", "SCENES", "--head.layers", "1,2"), ("for the pyramid", "4 numbers")),
+        (("--data", "SCENES", "--head", "uppernet"), ("did you mean 'upernet'",)),
+        (("--data", "SCENES", "--view.scale", "2,1"), ("0 < low <= high",)),
+        (("--data", "SCENES", "--train", "none"), ("no trained segmenter",)),
+        (
+            ("--predict", "SCENES/images/validation"),
+            ("no trained segmenter", "featdistill segment"),
+        ),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_segment(
+    words: tuple[str, ...],
+    says: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    tmp_path: Path,
+) -> None:
+    scenes = str(ade20k(tmp_path / "scenes"))
+    words = tuple(word.replace("SCENES", scenes) for word in words)
+    fails(capsys, *SEGMENT, *TINY_HEAD, "--batch-size", "2", *words, *out, says=says)
+    assert not Path(out[1]).exists()
+
+
+@pytest.mark.parametrize("fault", ["colour", "size", "value"])
+def test_segment_masks(
+    fault: str, capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    """Found before the run begins, in whichever part they are."""
+    shape, value, says = {
+        "colour": ((24, 32, 3), 0, "is a colour image"),
+        "size": ((24, 31), 1, "31x24"),
+        "value": ((24, 32), 9, "holds 9, which is no class"),
+    }[fault]
+    scenes = ade20k(tmp_path / "scenes")
+    part = "validation" if fault == "colour" else "training"
+    file = scenes / "annotations" / part / "000.png"
+    save(file, np.full(shape, value, dtype=np.uint8))
+    words = [*SEGMENT, *TINY_HEAD, "--batch-size", "2", "--data", str(scenes), *out]
+    fails(capsys, *words, says=(f"'{file}'", says))
+    assert not Path(out[1]).exists()
+
+
+def test_a_segmenter_is_no_backbone(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "segmented"
+    run.mkdir()
+    (run / "config.yaml").write_text("{}")
+    (run / "segment.json").write_text("{}")
+    words = ["finetune", "--model", str(run), "--data", "digits", *out]
+    fails(capsys, *words, says=("is a segmenter", "--predict"))

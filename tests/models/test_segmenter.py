@@ -1,4 +1,4 @@
-"""Pyramids, heads and segmenters: published sizes, shapes, and equality with transformers' heads."""
+"""Pyramids, heads and segmenters: published sizes, shapes, equality with transformers' heads."""
 
 from __future__ import annotations
 
@@ -364,7 +364,7 @@ def test_what_cannot_be_fed() -> None:
     from featdistill.models.backbone import CustomBackbone
 
     custom = CustomBackbone(nn.Conv2d(3, 4, 8, 8), image_size=32, origin=Origin("mine", "its own"))
-    with pytest.raises(ModelError, match="shows no intermediate layers.*--head linear"):
+    with pytest.raises(ModelError, match=r"shows no intermediate layers.*--head linear"):
         built(custom)
     linear = built(custom, shape=HeadShape(kind="linear"))
     assert linear.logits(images(1, 32)).shape == (1, 3, 32, 32)

@@ -47,7 +47,15 @@ def segment(model: Path, data: Path, out: Path, **options: Any) -> Any:
 @pytest.fixture(scope="module")
 def segmented(student: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "segmented"
-    segment(student, scenes, out, steps=120, lr=1e-2, ema=0.9, test={"scales": (0.75, 1.0), "flip": True})
+    segment(
+        student,
+        scenes,
+        out,
+        steps=120,
+        lr=1e-2,
+        ema=0.9,
+        test={"scales": (0.75, 1.0), "flip": True},
+    )
     return out
 
 

@@ -330,6 +330,11 @@ def find_export(folder: Path) -> Path:
             f"the run in '{folder}' has no export: its model cannot be built by plain timm",
             fix="fine-tune a model of timm's, or use the weights in its checkpoints yourself",
         )
+    if (folder / "segment.json").is_file():
+        raise RunError(
+            f"'{folder}' is a segmenter, not a backbone",
+            fix="use it with featdistill segment --predict, or name the backbone it began from",
+        )
     if (folder / "config.yaml").is_file():
         raise RunError(
             f"the run in '{folder}' has no export yet",
