@@ -117,8 +117,8 @@ def rates(
     assert schedule.final_ratio * peak == pytest.approx(last)
 
 
-# BEiT's configuration files for ADE20K (and Swin's values): crop, layers, channels, drop path, rate,
-# weight decay, layer decay
+# BEiT's configuration files for ADE20K (and Swin's values): crop, layers, channels, drop path,
+# rate, weight decay, layer decay
 SEGMENT = {
     "seg-vit-b": (512, (3, 5, 7, 11), 768, 0.1, 7e-4, 0.05, 0.65),
     "seg-vit-l": (640, (7, 11, 15, 23), 1024, 0.2, 2e-5, 0.05, 0.95),

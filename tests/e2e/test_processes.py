@@ -17,6 +17,7 @@ from featdistill.data.open import open_data
 from featdistill.data.views import EvalView
 from featdistill.models.load import load_backbone
 from featdistill.tasks import api
+from tests.data.segmentation_folders import ade20k
 
 WORDS = [
     *("--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", "random"),
@@ -138,3 +139,30 @@ def test_two_processes_find_the_curvature_of_one(tmp_path: Path) -> None:
     featdistill(*words, "--out", str(out), "--resume")
     [again] = json.loads((out / "curvature.json").read_text())["results"]["models"]
     assert again["seconds"] == row["seconds"]
+
+
+def test_two_processes_segment_as_one(tmp_path: Path) -> None:
+    """UperNet's batch norms see both halves of a batch; 5 images are scored 3 + 2, all at once."""
+    scenes = str(ade20k(tmp_path / "scenes", val=5))
+    learn = [
+        *("--model", "timm/vit_tiny_patch16_224", "--weights", "random", "--data", scenes),
+        *("--image-size", "32", "--batch-size", "4", "--steps", "4", "--lr", "1e-3"),
+        *("--head.channels", "8", "--head.auxiliary", "4", "--run.log_every", "1"),
+    ]
+    usual = ["--workers", "0", "--device", "cpu", "--run.tensorboard", "false"]
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    featdistill("segment", *learn, *usual, "--out", str(one))
+    featdistill("segment", *learn, *usual, "--out", str(two), "--run.devices", "2")
+    logged = [
+        [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+        for out in (one, two)
+    ]
+    for name in ("main_loss", "auxiliary_loss", "grad_norm"):
+        alone, together = ([row[name] for row in rows if name in row] for rows in logged)
+        assert len(alone) == 4
+        assert together == pytest.approx(alone, rel=1e-3), name
+    words = ["--model", str(one), "--data", scenes, "--train", "none", "--run.devices", "2"]
+    featdistill("segment", *words, *usual, "--out", str(again))
+    whole, shared = (np.load(out / "segment.npz") for out in (one, again))
+    for name in ("counts", "confusion"):
+        assert np.array_equal(whole[name], shared[name]), name

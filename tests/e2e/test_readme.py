@@ -12,6 +12,7 @@ from PIL import Image
 
 from featdistill.cli.main import main
 from featdistill.config.commands import COMMANDS
+from tests.data.segmentation_folders import ade20k
 from tests.models.formats.parity import Case
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -39,6 +40,7 @@ EXTRA = {
     "knn": SMALL,
     "predict": SMALL,
     "features": SMALL,
+    "segment": [*SHORT, "--head.layers", "0,0,0,0", "--head.channels", "8"],
     "diagnose": SMALL,
     "landscape": [*SMALL, "--grid", "3"],
     "export": [],
@@ -50,7 +52,7 @@ EXTRA = {
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with IMAGES (unlabelled) and LABELLED (train and val, two classes)."""
+    """A folder with IMAGES (unlabelled), LABELLED (train and val, two classes) and SCENES."""
     desk = tmp_path_factory.mktemp("desk")
     rng = np.random.default_rng(0)
     places = [desk / "IMAGES"] + [
@@ -61,6 +63,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(8):
             pixels = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(place / f"{i}.png")
+    ade20k(desk / "SCENES")
     return desk
 
 

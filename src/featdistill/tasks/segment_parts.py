@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ from featdistill.data.joint_views import TrainingCrop
 from featdistill.data.mask_checks import check_headers
 from featdistill.data.masks import PairSource
 from featdistill.data.segmentation import Scheme, SegmentationData, open_segmentation
-from featdistill.engine.tracking import Bar
+from featdistill.engine.tracking import Bar, duration
 from featdistill.evaluation.position_prior import PositionPrior, learn_prior
 from featdistill.evaluation.sliding import Looks, Sliding
 from featdistill.models.segmenter import HeadShape, Segmenter
@@ -62,11 +63,16 @@ def survey(data: SegmentationData, held: PairSource, *, quiet: bool) -> Position
 
 @contextmanager
 def counting(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` things; gives what to call with the number done."""
-    bar = Bar(title, quiet=quiet)
+    """A bar over `total` things, with the time left; gives what to call with the number done."""
+    bar, began = Bar(title, quiet=quiet), time.monotonic()
     bar.start(total, 0)
+
+    def progress(done: int) -> None:
+        left = (time.monotonic() - began) / max(1, done) * (total - done)
+        bar.update(done, f"left {duration(left)}")
+
     try:
-        yield lambda done: bar.update(done, "")
+        yield progress
     finally:
         bar.stop()
 
