@@ -356,6 +356,18 @@ def test_segment_masks(
     assert not Path(out[1]).exists()
 
 
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_segment_without_a_label(
+    part: str, capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    scenes = ade20k(tmp_path / "scenes")
+    for file in (scenes / "annotations" / part).iterdir():
+        save(file, np.zeros_like(np.asarray(Image.open(file))))
+    words = [*SEGMENT, *TINY_HEAD, "--batch-size", "2", "--data", str(scenes), *out]
+    fails(capsys, *words, says=(f"{part}' has a labelled pixel", "--data.unlabelled"))
+    assert not Path(out[1]).exists()
+
+
 def test_a_segmenter_is_no_backbone(
     capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ All accuracies are shares in 0..1; differences are shares too, of the same image
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,29 @@ class Cost(_Part):
         return None if self.unknown or None in seen else sum(n for n in seen if n is not None)
 
 
+class SegmentRun(_Part):
+    """One scored segmentation."""
+
+    seed: int
+    miou: float
+
+
+class RowSegmentation(_Part):
+    """A row's segmentations, one for each seed."""
+
+    runs: tuple[SegmentRun, ...] = Field(min_length=1)
+    miou: Spread
+
+
+class Segmentation(_Part):
+    """What the rows' segmentations share; `prior_miou` is of the guess by position alone."""
+
+    data: str
+    test_images: int
+    prior_miou: float
+    head: str
+
+
 class Row(_Part):
     """One starting point (`teacher`, `student`, others, `scratch`) with all its runs."""
 
@@ -136,6 +160,7 @@ class Row(_Part):
     top1: Spread
     knn: Mapping[int, float] | None = None
     cost: Cost | None = None
+    segmentation: RowSegmentation | None = None
 
     @property
     def at_edge(self) -> bool:
@@ -174,6 +199,7 @@ class Comparison(_Part):
     data: Data
     recipe: Recipe
     rows: tuple[Row, ...] = Field(min_length=1)
+    segmentation: Segmentation | None = None
     differences: tuple[Difference, ...] = ()
     verdict: str
     seconds: float
@@ -228,6 +254,19 @@ class Comparison(_Part):
                 return found
         mean = row.top1.mean - teacher.top1.mean
         return Difference(of=row.name, minus="teacher", mean=mean, n=row.top1.n)
+
+    def miou_to_teacher(self, row: Row) -> tuple[float, float | None] | None:
+        """(mean, std) over seeds of a row's mIoU minus the teacher's; None for the teacher."""
+        teacher = self.row("teacher")
+        if teacher is None or row.name == "teacher":
+            return None
+        if teacher.segmentation is None or row.segmentation is None:
+            return None
+        base = {run.seed: run.miou for run in teacher.segmentation.runs}
+        each = [run.miou - base[run.seed] for run in row.segmentation.runs if run.seed in base]
+        if not each:
+            return None
+        return statistics.fmean(each), statistics.stdev(each) if len(each) > 1 else None
 
 
 def parse_results(results: Mapping[str, Any]) -> Comparison:

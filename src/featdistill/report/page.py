@@ -24,6 +24,7 @@ from featdistill.report.costs import Line, cost_lines
 from featdistill.report.diagnoses import sections
 from featdistill.report.folders import Found, Material, as_json, gather
 from featdistill.report.gallery import Gallery, Section, Shown
+from featdistill.report.tables import NOTHING
 
 
 def write_report(*folders: Path, out: Path | None = None) -> Path:
@@ -155,7 +156,31 @@ def _groups(found: Comparison) -> list[list[Line]]:
         Line("Top-1, mean" if len(found.seeds) > 1 else "Top-1", means, strong=True),
         Line("Minus teacher, points", tuple(_to_teacher(found, row) for row in rows), strong=True),
     ]
-    return [about, before, scores if len(found.seeds) > 1 else [], result, costs]
+    segmented = _segmented(found)
+    return [about, before, scores if len(found.seeds) > 1 else [], result, segmented, costs]
+
+
+def _segmented(found: Comparison) -> list[Line]:
+    """The lines of a comparison's segmentations; none where there are none."""
+    shared = found.segmentation
+    if shared is None:
+        return []
+    each = [row.segmentation for row in found.rows]
+    by_seed = [{run.seed: run.miou for run in one.runs} if one else {} for one in each]
+    lines = [
+        Line(f"mIoU, seed {seed}", tuple(tables.percent(table.get(seed)) for table in by_seed))
+        for seed in found.seeds
+        if len(found.seeds) > 1
+    ]
+    means = tuple(tables.percent(one.miou.mean, one.miou.std) if one else NOTHING for one in each)
+    name = shared.data.rstrip("/").rpartition("/")[2]
+    lines.append(Line(f"mIoU, {shared.head}, {name}", means, strong=True))
+    apart = (found.miou_to_teacher(row) for row in found.rows)
+    cells = tuple(tables.points(*one) if one else NOTHING for one in apart)
+    lines.append(Line("Minus teacher, points of mIoU", cells, strong=True))
+    prior = tables.percent(shared.prior_miou)
+    lines.append(Line("mIoU by position alone", (prior,) * len(found.rows)))
+    return lines
 
 
 def _to_teacher(found: Comparison, row: Row) -> str:

@@ -28,6 +28,7 @@ from featdistill.engine.tracking import console, duration, say
 from featdistill.evaluation.paired import LEVEL, RESAMPLES, Hits, Paired, paired, verdict
 from featdistill.models.backbone import Backbone
 from featdistill.models.weights import tensors_hash
+from featdistill.tasks import compare_segmentation
 from featdistill.tasks.common import data_of, plain, runtime_of, schedule_of
 from featdistill.tasks.compare_fits import (
     Progress,
@@ -77,7 +78,7 @@ class _Done:
 def run(config: CompareConfig) -> CompareResult:
     """Fine-tune every row under every seed, score, and write the record and the page."""
     began = time.monotonic()
-    setting, rows, size = _prepare(config)
+    setting, rows, size, segmentation = _prepare(config)
     say(
         f"{len(rows)} models x ({len(config.lrs) if len(config.lrs) > 1 else 0} learning rates + "
         f"{len(config.seeds)} seeds) = {setting.progress.fits} fine-tunings on "
@@ -85,6 +86,11 @@ def run(config: CompareConfig) -> CompareResult:
     )
     with setting.progress.interruptible():
         done = [_row(setting, row, f"{n} of {len(rows)} models") for n, row in enumerate(rows, 1)]
+        if segmentation is not None:
+            for model, one in zip(rows, done, strict=True):
+                one.record["segmentation"] = compare_segmentation.run_row(
+                    segmentation, model, seeds=config.seeds, folder=setting.folder
+                )
     pairs = _pairs(config, {one.record["name"]: one.hits for one in done})
     for row in (one.record for one in done):
         if warning := _edge(row):
@@ -100,6 +106,7 @@ def run(config: CompareConfig) -> CompareResult:
         },
         "recipe": _recipe(setting, size),
         "rows": [one.record for one in done],
+        "segmentation": None if segmentation is None else compare_segmentation.about(segmentation),
         "differences": [_difference(of, minus, pair) for (of, minus), pair in pairs.items()],
         "verdict": verdict(pairs["student", "teacher"]),
         "seconds": time.monotonic() - began,
@@ -111,7 +118,9 @@ def run(config: CompareConfig) -> CompareResult:
     return _report(write_record(file, "compare", config=plain(config), results=results), results)
 
 
-def _prepare(config: CompareConfig) -> tuple[Setting, list[Row], int]:
+def _prepare(
+    config: CompareConfig,
+) -> tuple[Setting, list[Row], int, compare_segmentation.Segmentations | None]:
     """Everything that may be wrong, before any long work; and the run's folder."""
     check_out(config.run.out, resume=config.run.resume)
     data = data_of(config.data, config.run.seed)
@@ -122,6 +131,7 @@ def _prepare(config: CompareConfig) -> tuple[Setting, list[Row], int]:
     rows = rows_of(config, size)
     for row in rows:  # whether its features suit the classifier
         classification(row.make(config.run.seed), config, classes=classes, runtime=runtime)
+    segmentation = compare_segmentation.prepare(config, rows, runtime)
     folder = open_run(
         config.run.out,
         config,
@@ -134,7 +144,8 @@ def _prepare(config: CompareConfig) -> tuple[Setting, list[Row], int]:
         keep_inputs(config, folder)
     sweeps = len(config.lrs) if len(config.lrs) > 1 else 0
     progress = Progress(len(rows) * (sweeps + len(config.seeds)))
-    return Setting(config, train, held, classes, runtime, folder, progress), rows, size
+    setting = Setting(config, train, held, classes, runtime, folder, progress)
+    return setting, rows, size, segmentation
 
 
 def _report(record: Path, results: Mapping[str, Any]) -> CompareResult:

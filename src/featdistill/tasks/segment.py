@@ -20,6 +20,7 @@ from featdistill.engine.tracking import say
 from featdistill.evaluation.position_prior import PositionPrior
 from featdistill.evaluation.segmentation import SegmentationScores
 from featdistill.evaluation.segmenter import score_segmenter
+from featdistill.models.backbone import Backbone
 from featdistill.models.segmenter import (
     Segmenter,
     build_segmenter,
@@ -83,8 +84,8 @@ def _train(config: SegmentConfig, data: SegmentationData, held: PairSource) -> S
         config.schedule, config.optimizer, images=len(data.train), batch_size=batch
     )
     runtime = runtime_of(config.run)
-    segmenter = _segmenter(config, data)
-    objective = _objective(config, segmenter, runtime)
+    objective = objective_of(config, model_of(config.model, seed=config.run.seed), data, runtime)
+    segmenter = objective.segmenter
     prior = survey(data, held, quiet=not runtime.first)
     origin = segmenter.backbone.origin
     folder = open_run(
@@ -100,7 +101,7 @@ def _train(config: SegmentConfig, data: SegmentationData, held: PairSource) -> S
         f"data   {len(data.train):,} training images of {len(data.classes)} classes, "
         f"{len(held):,} held out; {runtime.describe()}"
     )
-    tuned, judge = _fit(config, objective, data, held, runtime, folder)
+    tuned, judge = fit_segmenter(config, objective, data, held, runtime=runtime, folder=folder)
     if not tuned.finished:
         say(f"stopped at step {tuned.step}; go on with --resume")
         return SegmentResult(
@@ -109,9 +110,12 @@ def _train(config: SegmentConfig, data: SegmentationData, held: PairSource) -> S
     return _finished(config, judge, prior, folder, tuned, data)
 
 
-def _segmenter(config: SegmentConfig, data: SegmentationData) -> Segmenter:
-    return build_segmenter(
-        model_of(config.model, seed=config.run.seed),
+def objective_of(
+    config: SegmentConfig, backbone: Backbone, data: SegmentationData, runtime: Runtime
+) -> Segmentation:
+    """The objective with a segmenter on the backbone; set-ups that cannot learn come out here."""
+    segmenter = build_segmenter(
+        backbone,
         size=config.view.size,
         class_names=data.classes,
         shape=shape_of(config),
@@ -120,10 +124,6 @@ def _segmenter(config: SegmentConfig, data: SegmentationData) -> Segmenter:
         bias_resampling=config.model.bias_resampling,
         seed=config.run.seed,
     )
-
-
-def _objective(config: SegmentConfig, segmenter: Segmenter, runtime: Runtime) -> Segmentation:
-    """The objective; set-ups that cannot learn come out here."""
     runtime.choose_attention(segmenter)
     looks_of(config, segmenter)
     batch, parts = config.data.batch_size, config.run.micro_batches
@@ -140,14 +140,17 @@ def _objective(config: SegmentConfig, segmenter: Segmenter, runtime: Runtime) ->
     return Segmentation(segmenter, auxiliary_weight=config.head.auxiliary_weight)
 
 
-def _fit(
+def fit_segmenter(
     config: SegmentConfig,
     objective: Segmentation,
     data: SegmentationData,
     held: PairSource,
+    *,
     runtime: Runtime,
     folder: Path,
+    title: str = "segmentation",
 ) -> tuple[FitResult, Judge]:
+    """Train a segmenter by a configuration's recipe; who judged it holds its scores."""
     segmenter = objective.segmenter
     groups = parameter_groups(
         [(f"segmenter.{prefix}", module) for prefix, module in segmenter.trained_parts],
@@ -165,7 +168,7 @@ def _fit(
     result = fit(
         objective,
         adamw(groups, betas=config.optimizer.betas),
-        plan_of(config, data.train, crop_of(config, segmenter), schedule, title="segmentation"),
+        plan_of(config, data.train, crop_of(config, segmenter), schedule, title=title),
         runtime=runtime,
         folder=folder,
         resume=config.run.resume,

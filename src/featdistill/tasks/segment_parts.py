@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 from featdistill.config.commands import SegmentConfig
 from featdistill.core.errors import DataError, ModelError
+from featdistill.data.decode import BadImage
 from featdistill.data.joint_views import TrainingCrop
 from featdistill.data.mask_checks import check_headers
-from featdistill.data.masks import PairSource
+from featdistill.data.masks import UNLABELLED, PairSource
 from featdistill.data.segmentation import Scheme, SegmentationData, open_segmentation
 from featdistill.engine.tracking import Bar, duration
 from featdistill.evaluation.position_prior import PositionPrior, learn_prior
@@ -51,14 +52,30 @@ def survey(data: SegmentationData, held: PairSource, *, quiet: bool) -> Position
     """Look at every pair's headers and read (up to 2000) training masks, before long work begins.
 
     Raises:
-        DataError: a mask in colour, of another size than its image, or with a strange value.
+        DataError: a mask in colour, of another size than its image, or with a strange value; or
+            no labelled pixel at all.
     """
     for source in (data.train, held):
         with counting("looking at files", len(source), quiet=quiet) as progress:
             check_headers(source, progress)
+    _check_labelled(held)
     images = min(_PRIOR_IMAGES, len(data.train))
     with counting("reading masks", images, quiet=quiet) as progress:
         return learn_prior(data.train, images=images, progress=progress)
+
+
+def _check_labelled(held: PairSource) -> None:
+    """Raise DataError if nothing held out is labelled: a score would be no number."""
+    for index in range(len(held)):
+        try:
+            if bool((held.read_mask(index) != UNLABELLED).any()):
+                return  # nearly always the first
+        except BadImage:
+            continue  # named when it is scored
+    raise DataError(
+        f"no mask of '{held.name}' has a labelled pixel to score on",
+        fix="look at the masks, and at --data.unlabelled",
+    )
 
 
 @contextmanager

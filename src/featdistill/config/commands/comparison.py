@@ -22,8 +22,10 @@ from featdistill.config.sections import (
     MixConfig,
     ModelConfig,
     Pool,
+    Positive,
     Rate,
     RunConfig,
+    Section,
 )
 
 ROWS = ("teacher", "student", "scratch")  # those that every comparison knows
@@ -43,6 +45,26 @@ def named(text: str) -> tuple[str | None, str]:
 def slug(title: str) -> str:
     """A title as the name of a row and of its folder."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+class SegmentRowConfig(Section):
+    """Segmentation beside classification: every row's backbone is trained and scored on it too."""
+
+    data: str | None = Field(
+        None, description="segmentation data (ADE20K, ...): adds every row's mIoU"
+    )
+    recipe: str | None = Field(
+        None, description="recipe of `segment`: seg-dino-vit-b, seg-vit-b, ...; or its defaults"
+    )
+    steps: Positive | None = Field(None, description="steps, instead of the recipe's")
+    image_size: Positive | None = Field(None, description="crop, instead of the recipe's, pixels")
+    batch_size: Positive | None = Field(None, description="batch, instead of the recipe's")
+    head: Literal["upernet", "linear"] | None = Field(
+        None, description="upernet or linear, instead of the recipe's"
+    )
+    layers: tuple[int, ...] | None = Field(
+        None, description="four layers for UperNet, instead of the recipe's"
+    )
 
 
 class CompareConfig(Command):
@@ -72,6 +94,9 @@ class CompareConfig(Command):
         "layer-decay": "optimizer.layer_decay",
         "drop-path": "drop_path",
         "pool": "pool",
+        "segment-data": "segment.data",
+        "segment-recipe": "segment.recipe",
+        "segment-steps": "segment.steps",
     }
 
     teacher: ModelConfig
@@ -99,6 +124,7 @@ class CompareConfig(Command):
         0.2, gt=0, lt=1, description="share of the training labels that choose the rate"
     )
     knn: KnnConfig | None = Field(KnnConfig(), description="nearest neighbours beside it, or none")
+    segment: SegmentRowConfig = SegmentRowConfig()
     data: DataConfig
     view: FinetuneViewConfig = FinetuneViewConfig()
     mix: MixConfig = MixConfig()
