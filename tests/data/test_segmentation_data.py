@@ -14,7 +14,8 @@ from featdistill.core.errors import DataError
 from featdistill.data.decode import BadImage
 from featdistill.data.mask_checks import check_headers
 from featdistill.data.masks import UNLABELLED, Numbering, decode_mask
-from featdistill.data.segmentation import Scheme, known_classes, open_segmentation
+from featdistill.data.segmentation import open_segmentation
+from featdistill.data.segmentation_classes import Scheme, known_classes
 from tests.data.segmentation_folders import NAMES, ade20k, save, scene
 
 RNG = np.random.default_rng(0)

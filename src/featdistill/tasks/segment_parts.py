@@ -12,7 +12,8 @@ from featdistill.data.decode import BadImage
 from featdistill.data.joint_views import TrainingCrop
 from featdistill.data.mask_checks import check_headers
 from featdistill.data.masks import UNLABELLED, PairSource
-from featdistill.data.segmentation import Scheme, SegmentationData, open_segmentation
+from featdistill.data.segmentation import SegmentationData, open_segmentation
+from featdistill.data.segmentation_classes import Scheme
 from featdistill.engine.tracking import Bar, duration
 from featdistill.evaluation.position_prior import PositionPrior, learn_prior
 from featdistill.evaluation.sliding import Looks, Sliding
