@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ def load_exactly(
 ) -> str:
     """Load tensors into a module; anything missing, unexpected or misshapen is an error.
 
+    So is a weight of another kind (whole numbers for a real parameter, as quantised files have
+    them), and one that is not finite.
+
     Args:
         what: the tensors' source, for messages.
         left_out: tensors of the source that are left out on purpose.
@@ -62,26 +65,64 @@ def load_exactly(
         for k in sorted(wanted.keys() & taken.keys())
         if taken[k].shape != wanted[k].shape
     ]
-    faults = [
-        f"{len(names)} {word} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
-        for word, names in (
-            ("missing", [*missing, *map(say, sorted(wanted.keys() - taken.keys()))]),
-            ("unexpected", [*strangers, *map(say, sorted(taken.keys() - wanted.keys()))]),
-            ("of another shape", misshapen),
-        )
-        if names
-    ]
+    found = {
+        "missing": [*missing, *map(say, sorted(wanted.keys() - taken.keys()))],
+        "unexpected": [*strangers, *map(say, sorted(taken.keys() - wanted.keys()))],
+        "of another shape": misshapen,
+        **odd_numbers({say(k): v for k, v in taken.items() if _real(wanted.get(k))}),
+    }
+    faults = {word: names for word, names in found.items() if names}
     if faults:
         raise ModelError(
-            f"'{what}' does not fit the model: {'; '.join(faults)}", fix=_likely_cause(len(faults))
+            f"'{what}' does not fit the model: {listed(faults)}", fix=likely_cause(faults)
         )
     module.load_state_dict(dict(taken))
     dropped = len(tensors) - len(taken)
     return f"loaded {len(taken)} of {len(tensors)} tensors, left out {dropped}, missing 0"
 
 
-def _likely_cause(kinds: int) -> str:
-    if kinds == 1:
+def _real(value: Tensor | None) -> bool:
+    return value is not None and value.is_floating_point()
+
+
+def odd_numbers(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What is wrong with the numbers of tensors that should be real weights, and of which.
+
+    Whole or complex numbers (as in quantised files) would be cast in silence; NaN and infinity are
+    what a run that diverged leaves behind.
+    """
+    real = {k: v for k, v in sorted(tensors.items()) if v.is_floating_point()}
+    found = {
+        "of another kind": [
+            f"{k}: {str(tensors[k].dtype).removeprefix('torch.')}"
+            for k in sorted(tensors.keys() - real.keys())
+        ],
+        "not finite": [k for k, v in real.items() if not v.is_meta and not _finite(v)],
+    }
+    return {word: names for word, names in found.items() if names}
+
+
+def listed(faults: Mapping[str, Sequence[str]]) -> str:
+    """`2 missing (a, b); 1 not finite (c)`, the first four of each."""
+    return "; ".join(
+        f"{len(names)} {word} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        for word, names in faults.items()
+    )
+
+
+def _finite(value: Tensor) -> bool:
+    wide = value if value.itemsize > 1 else value.float()  # torch adds up no eight-bit numbers
+    # the sum takes no memory, and is finite almost always if all are
+    return bool(wide.sum(dtype=torch.float32).isfinite()) or bool(wide.isfinite().all())
+
+
+def likely_cause(faults: Collection[str]) -> str:
+    """What may have happened to weights with such faults."""
+    if set(faults) == {"not finite"}:
+        return "did the run that wrote it diverge? Take an earlier checkpoint of it"
+    if set(faults) == {"of another kind"}:
+        return "was it quantised? Take the weights in floating point"
+    if len(faults) == 1:
         return "was the file cut or edited, or is it of another (version of this) architecture?"
     return "is it a checkpoint of this very architecture?"
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -289,12 +290,56 @@ def test_something_else(tmp_path: Path) -> None:
     for content, words in {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "Git LFS pointer",
         b"<!DOCTYPE html><html><body>404</body></html>": "a web page",
+        b"\xef\xbb\xbf\n<html><head>": "a web page",
+        b'<?xml version="1.0"?><Error>AccessDenied</Error>': "a server's message",
+        b'{"message": "Not Found"}': "text (JSON)",
+        b"\x1f\x8b\x08\0": "compressed",
+        b"\x89HDF\r\n\x1a\n": "HDF5",
+        b"\x93NUMPY\x01\0": "a NumPy array",
         b"": "is empty",
         b"hello": "is not a checkpoint",
+        b"1234": "is not a checkpoint",
         pickle.dumps([1, 2, 3], protocol=2): "is not a checkpoint",
     }.items():
         path.write_bytes(content)
         assert words in complaint(path)
+
+
+def test_a_zip_of_something_else(tmp_path: Path) -> None:
+    arrays, packed = tmp_path / "vit.npz", tmp_path / "dino.pth"
+    np.savez(arrays, a=np.ones(3))
+    assert "an archive of NumPy arrays" in complaint(arrays)
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("weights/dino.pth", b"x")
+    line = complaint(packed)
+    assert "(weights/dino.pth)" in line
+    assert "unpack it" in line
+
+
+@pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt-100.data-00000-of-00001"])
+def test_a_checkpoint_of_tensorflow(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(bytes(range(200)))
+    assert "TensorFlow" in complaint(tmp_path / name)
+
+
+def test_a_safetensors_file_cut_inside_its_first_number(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"\x20\0\0\0")
+    assert "truncated (to 4 bytes)" in complaint(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about what it will drop
+def test_tensors_that_are_no_blocks_of_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    for value, word in (
+        (torch.eye(3).to_sparse(), "sparse"),
+        (torch.ones(3, device="meta"), "without data"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantised"),
+    ):
+        torch.save({"model": {"a.weight": value}}, path)
+        line = complaint(path)
+        assert word in line
+        assert "'model/a.weight'" in line
 
 
 @pytest.mark.parametrize("length", [0x80, 0x4B50])  # as a pickle and a zip begin

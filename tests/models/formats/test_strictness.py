@@ -79,8 +79,20 @@ def scalar(tree: dict[str, Any], key: str) -> None:
     tree[key] = tree[key].reshape(-1)[0]
 
 
+def poison(tree: dict[str, Any], key: str) -> None:
+    """One number that is none, as in the weights of a run that diverged."""
+    value = tree[key].clone()
+    value.view(-1)[-1] = float("nan")
+    tree[key] = value
+
+
+def quantise(tree: dict[str, Any], key: str) -> None:
+    tree[key] = (100 * tree[key]).to(torch.int8)
+
+
 CHANGES = {
-    change.__name__: change for change in (drop, rename, flatten, lengthen, shorten, empty, scalar)
+    change.__name__: change
+    for change in (drop, rename, flatten, lengthen, shorten, empty, scalar, poison, quantise)
 }
 
 

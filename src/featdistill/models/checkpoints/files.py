@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -71,10 +72,30 @@ def read_tree(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch and zipfile raise whatever a damaged file provokes
         raise _unreadable(path, head, error) from None
     for name, value in tensors_of(path, tree):
-        # a view can claim terabytes of a few bytes; a checkpoint's tensors own what they show
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ModelError(f"'{path}' is refused: its tensor '{name}' is larger than its data")
+        _check_plain(path, name, value)
     return tree
+
+
+def _check_plain(path: Path, name: str, value: Tensor) -> None:
+    """Raise ModelError for a tensor that is not a block of numbers of its own."""
+    kind = (
+        "sparse"
+        if value.layout != torch.strided
+        else "quantised"
+        if value.is_quantized
+        else "without data (of the meta device)"
+        if value.is_meta
+        else None
+    )
+    if kind is not None:
+        raise ModelError(
+            f"'{path}' is refused: its tensor '{name}' is {kind}",
+            expected="dense tensors of numbers",
+            fix="save the model's weights as they were before they were packed",
+        )
+    # a view can claim terabytes of a few bytes; a checkpoint's tensors own what they show
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ModelError(f"'{path}' is refused: its tensor '{name}' is larger than its data")
 
 
 def _tree(path: Path, head: bytes) -> dict[str, Any]:
@@ -83,8 +104,10 @@ def _tree(path: Path, head: bytes) -> dict[str, Any]:
         path.suffix.lower() == ".safetensors" and not head.startswith((b"PK", b"\x80"))
     ):
         return dict(_safetensors(path, head))
-    if zipfile.is_zipfile(path) and is_archive(path):
-        return dict(read_archive(path))
+    if zipfile.is_zipfile(path):
+        if is_archive(path):
+            return dict(read_archive(path))
+        _refuse_zip(path)
     value = _pickled(path, zipped=head.startswith(b"PK"))
     if not isinstance(value, Mapping):
         raise ModelError(
@@ -110,22 +133,60 @@ def tensors_of(
             yield from tensors_of(path, value, f"{before}{key}/", depth + 1)
 
 
+# How other things begin that are taken for checkpoints: what they are, and what to do.
+_STRANGERS = {
+    b"version https://git-lfs": (
+        "a Git LFS pointer, not the file itself",
+        "fetch it: git lfs pull",
+    ),
+    b"<!doc": ("a web page, not a checkpoint", "download it again"),
+    b"<html": ("a web page, not a checkpoint", "download it again"),
+    b"<?xml": ("a server's message (XML), not a checkpoint", "download it again"),
+    b"{": ("text (JSON), not a checkpoint", "download it again, or give the file with weights"),
+    b"\x1f\x8b": ("compressed (gzip)", "unpack it and give the checkpoint inside"),
+    b"\x89hdf": ("an HDF5 file, as Keras writes it", "give the project's PyTorch weights"),
+    b"\x93numpy": ("a NumPy array, not a checkpoint", "give the project's PyTorch weights"),
+}
+_TENSORFLOW = re.compile(r"\.index$|\.data-\d+-of-\d+$|\.meta$")
+
+
 def _refuse_strangers(path: Path, head: bytes) -> None:
     if not head:
         raise ModelError(f"'{path}' is not a checkpoint: the file is empty", fix="copy it again")
-    if head.startswith(b"version https://git-lfs"):
+    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for start, (what, fix) in _STRANGERS.items():
+        if begins.startswith(start):
+            raise ModelError(f"'{path}' is {what}", fix=fix)
+
+
+def _refuse_zip(path: Path) -> None:
+    """Raise ModelError for a zip that holds other things than torch.save's."""
+    with zipfile.ZipFile(path) as file:
+        names = file.namelist()
+    if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
+        return
+    if any(name.endswith(".npy") for name in names):
         raise ModelError(
-            f"'{path}' is a Git LFS pointer, not the file itself", fix="fetch it: git lfs pull"
+            f"'{path}' is an archive of NumPy arrays, not a checkpoint of PyTorch's",
+            fix="if timm has these weights, name them: timm/NAME.TAG",
         )
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        raise ModelError(f"'{path}' is a web page, not a checkpoint", fix="download it again")
+    held = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    raise ModelError(
+        f"'{path}' is a zip that torch.save did not write{held}",
+        fix="unpack it and give the checkpoint inside",
+    )
 
 
 def _safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
     # looked at before the library maps the file: a hostile length costs nothing this way
     header, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-    if len(head) < 8 or header > _LARGEST_HEADER or not head[8:9] == b"{":
+    if header > _LARGEST_HEADER or head[8:9] not in (b"{", b""):
         raise ModelError(f"'{path}' is not a checkpoint: it has no safetensors header")
+    if len(head) < 9:
+        raise ModelError(
+            f"'{path}' is not a checkpoint that can be read: it is truncated (to {size} bytes)",
+            fix="download it again",
+        )
     if 8 + header > size:
         raise ModelError(
             f"'{path}' is not a checkpoint that can be read: it is truncated (its header alone has "
@@ -137,7 +198,8 @@ def _safetensors(path: Path, head: bytes) -> dict[str, Tensor]:
 
 def _pickled(path: Path, *, zipped: bool) -> Any:
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    with torch.serialization.safe_globals(_SETTINGS):
+    with torch.serialization.safe_globals(_SETTINGS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols and sparse tensors
         if path.suffix.lower() != ".safetensors":
             return torch.load(path, mmap=zipped, **options)
         with open(path, "rb") as file:  # by its name torch would take it for safetensors
@@ -166,7 +228,7 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
     if isinstance(error, EOFError) or any(sign in line.lower() for sign in _TRUNCATED):
         return ModelError(
             f"'{path}' is not a checkpoint that can be read: it is truncated or damaged "
-            f"({line[:100] or type(error).__name__})",
+            f"({line.split('. ')[0][:160] or type(error).__name__})",
             fix="download or copy it again",
         )
     if "magic number" in line:
@@ -180,6 +242,9 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> ModelError:
     return ModelError(
         f"'{path}' is not a checkpoint: it is no zip, no pickle and no safetensors file",
         expected="a .pth, .pt or .bin of tensors, or .safetensors",
+        fix="it has a name as TensorFlow's: give the project's PyTorch weights"
+        if _TENSORFLOW.search(path.name)
+        else None,
     )
 
 

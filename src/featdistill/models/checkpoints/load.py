@@ -25,7 +25,7 @@ from featdistill.models.checkpoints.settings import settings_beside
 from featdistill.models.checkpoints.sizes import classes_of
 from featdistill.models.checkpoints.spec import Format
 from featdistill.models.checkpoints.tables import Converted, any_matches, convert, names_before
-from featdistill.models.checkpoints.unwrap import Unwrapped, prefixes_of, unwrap
+from featdistill.models.checkpoints.unwrap import Unwrapped, branch_option, prefixes_of, unwrap
 from featdistill.models.timm_models import (
     accepts,
     check_name,
@@ -33,7 +33,7 @@ from featdistill.models.timm_models import (
     drop_path_argument,
     family_filter,
 )
-from featdistill.models.weights import load_exactly
+from featdistill.models.weights import likely_cause, listed, load_exactly, odd_numbers
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
         read, tensors = _filled_by_timm(read, model, arch), read.converted.tensors
     else:
         _check_required(read)
+        _check_numbers(read)
         try:
             facts = _facts(read, arch)
             tensors = format_.finish(read.converted.tensors)
@@ -185,6 +186,16 @@ def _check_required(read: _Read) -> None:
     lost = [p for p in read.format.required if not any_matches(p, read.unwrapped.tensors)]
     if lost:
         raise _misfit(read, f"{len(lost)} missing ({', '.join(lost)})")
+
+
+def _check_numbers(read: _Read) -> None:
+    """Before anything is concluded from them."""
+    beside = {name for names in read.converted.left_out.values() for name in names}
+    beside |= {read.converted.came_from[name] for name in read.converted.buffers}
+    beside |= set(read.converted.strangers)
+    faults = odd_numbers({k: v for k, v in read.unwrapped.tensors.items() if k not in beside})
+    if faults:
+        raise _misfit(read, listed(faults), fix=likely_cause(faults), translate=False)
 
 
 def _facts(read: _Read, arch: str | None) -> _Facts:
@@ -340,13 +351,20 @@ def _file_words(read: _Read) -> Callable[[str], str]:
 
 
 def _misfit(
-    read: _Read, what: str, *, expected: str | None = None, fix: str | None = None
+    read: _Read,
+    what: str,
+    *,
+    expected: str | None = None,
+    fix: str | None = None,
+    translate: bool = True,
 ) -> ModelError:
-    """An error about the tensors, in the file's own names."""
+    """An error about the tensors, in the file's own names (`translate`: from timm's)."""
     assert read.format is not None
     say = _file_words(read)
 
     def words(text: str) -> str:
+        if not translate:
+            return text
         return re.sub(r"[a-z_]+(?:\.\w+)+|pos_embed|\w+_token", lambda m: say(m[0]), text)
 
     return ModelError(
@@ -374,7 +392,7 @@ def _unknown(read: _Read) -> ModelError:
     if inside := prefixes_of(read.unwrapped.tensors):
         return ModelError(
             f"the model in '{read.path}' has names that begin with {' or '.join(inside)}",
-            fix=f"say which to take: --teacher.branch {inside[0]} (branch=... in Python)",
+            fix=f"say which to take: {branch_option(inside[0])}",
         )
     return ModelError(
         f"the keys of '{read.path}' are of no known format ({', '.join(names[:3])}, ...)",

@@ -100,34 +100,33 @@ def unwrap(tree: Mapping[str, Any], branch: str | None, path: Path) -> Unwrapped
 
     Args:
         tree: the file's dictionaries.
-        branch: the part to take: a name of the outermost dictionary, or a prefix of the tensors'
-            names, with its dot.
+        branch: the part to take: a name of the outermost dictionary (`NAME/NAME` of one inside
+            it), or a prefix of the tensors' names, with its dot.
         path: of the file, for messages.
 
     Raises:
         ModelError: there is no such part, or nothing with named tensors.
     """
     prefix = branch if branch is not None and branch.endswith(".") else None
-    chosen = None if prefix else branch
-    if chosen is not None and not _holds_weights(tree.get(chosen)):
-        parts = [n for n, v in tree.items() if _holds_weights(v)]
-        raise ModelError(
-            f"'{path}' has no part '{chosen}'", expected=", ".join(parts) or "no parts at all"
-        )
+    asked = branch.split("/") if branch is not None and prefix is None else []
     branches: list[str] = []
     outer: dict[str, Any] = {}
-    while inner := chosen or _branch(tree):
-        chosen = None
+    while inner := asked[0] if asked else _branch(tree):
+        if asked and not _holds_weights(tree.get(asked.pop(0))):
+            raise ModelError(
+                f"'{path}' has no part '{branch}'",
+                expected=", ".join("/".join([*branches, n]) for n in _parts(tree)) or "no part",
+            )
         branches.append(inner)
         outer |= {name: value for name, value in tree.items() if name != inner}
         tree = tree[inner]
     tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
     if not tensors:
-        parts = [name for name, value in tree.items() if _holds_weights(value)]
+        parts = ["/".join([*branches, name]) for name in _parts(tree)]
         raise ModelError(
             f"'{path}' is not a checkpoint: it holds no named tensors"
-            + (f" but in {', '.join(parts)}" if parts else ""),
-            fix=f"say which to take: --teacher.branch {parts[0]}" if parts else None,
+            + (f" but in {', '.join(parts)}" if parts else _instead(tree)),
+            fix=f"say which to take: {branch_option(parts[0])}" if parts else None,
         )
     also = tuple(n for n, v in outer.items() if _direct(v) * 2 > len(tensors))
     where = "".join(f"{name}/" for name in branches)
@@ -176,6 +175,23 @@ def prefixes_of(tensors: Mapping[str, Tensor]) -> list[str]:
     return list(dict.fromkeys(m[1] for name in tensors if (m := expression.match(name))))
 
 
+def _parts(tree: Mapping[str, Any]) -> list[str]:
+    return [str(name) for name, value in tree.items() if _holds_weights(value)]
+
+
+def branch_option(part: str) -> str:
+    """How to ask for a part of a file."""
+    return f"--teacher.branch {part} (of a single model: --model.branch, in Python: branch)"
+
+
+def _instead(tree: Mapping[str, Any]) -> str:
+    """What a file without weights holds, in words."""
+    if "param_groups" in tree:
+        return " (it is the state of an optimiser)"
+    names = [str(name) for name in tree][:4]
+    return f" (it holds {', '.join(names)})" if names else ""
+
+
 def _branch(tree: Mapping[str, Any]) -> str | None:
     for name in _BRANCHES:
         inner = tree.get(name)
@@ -185,8 +201,17 @@ def _branch(tree: Mapping[str, Any]) -> str | None:
 
 
 def _holds_weights(value: Any) -> bool:
-    """Whether something is a dictionary with a state dict in it."""
-    return isinstance(value, Mapping) and holds_tensors(value)
+    """Whether something is a state dict, or a dictionary with one in it.
+
+    An optimiser's state is none: it is numbered, or has `exp_avg` and the like under each weight.
+    """
+    if not isinstance(value, Mapping) or "param_groups" in value:
+        return False
+    return any(
+        (isinstance(v, Tensor) and isinstance(k, str) and ("." in k or k == "weight"))
+        or (isinstance(k, str) and _holds_weights(v))
+        for k, v in value.items()
+    )
 
 
 def _direct(value: Any) -> int:
