@@ -55,12 +55,13 @@ class LoadReport:
     @property
     def lines(self) -> tuple[str, ...]:
         """What a user should read, one line each."""
-        count = sum(map(len, self.left_out.values()))
+        gone = [name for names in self.left_out.values() for name in names]
+        patterns = f" ({', '.join(_patterns(gone))})" if gone else ""
         where = f", in '{self.path}'" if self.path else ""
         lines = [
             f"format   {self.title}{where}",
-            f"weights  loaded {self.total - count} of {self.total} tensors, "
-            f"renamed {self.renamed}, resized {len(self.resized)}, left out {count}",
+            f"weights  loaded {self.total - len(gone)} of {self.total} tensors, renamed "
+            f"{self.renamed}, resized {len(self.resized)}, left out {len(gone)}{patterns}",
         ]
         lines += [
             f"left out {len(names)}: {reason} ({', '.join(_patterns(names))})"
@@ -76,12 +77,18 @@ class LoadReport:
 
 
 def _patterns(names: Sequence[str], limit: int = 4) -> list[str]:
-    """Names by their first parts: `decoder_blocks.*`; numbered parts of one kind count once."""
-    found: dict[str, None] = {}
+    """Names by their first parts, `decoder_embed.*`; of numbered layers what it is in each.
+
+    `blocks.*` alone would read as if whole layers had been left out.
+    """
+    found: dict[str, dict[str, None]] = {}
     for name in names:
-        first, dot, _ = name.partition(".")
-        found[f"{first}.*" if dot else name] = None
-    kinds = list(found)
+        first, *rest = name.split(".")
+        whole = f"{first}.*" if rest else name
+        numbered = bool(rest) and rest[0].isdigit()
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        found.setdefault(whole, {})[kind if numbered else whole] = None
+    kinds = [k for whole, parts in found.items() for k in (parts if len(parts) < 4 else [whole])]
     return kinds[:limit] + (["..."] if len(kinds) > limit else [])
 
 

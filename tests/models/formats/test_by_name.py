@@ -36,13 +36,19 @@ def test_the_report_counts_every_tensor(dino_full: Path) -> None:
     text = "\n".join(origin.loading)
     left = sum(map(len, origin.report.left_out.values()))
     total = len(Case.read("dino-full").tree()["teacher"])
-    assert (
-        f"loaded {total - left} of {total} tensors, renamed 0, resized 0, left out {left}" in text
-    )
+    counts = f"loaded {total - left} of {total} tensors, renamed 0, resized 0, left out {left}"
+    assert f"{counts} (head.*)\n" in text
     assert "the projection head of the pre-training (head.*)" in text
     assert "normalisation" in text
     resized = load_backbone(str(dino_full), image_size=96).origin
     assert "resized 1" in "\n".join(resized.loading)
+
+
+def test_the_report_does_not_say_blocks_where_it_means_a_part_of_each(tmp_path: Path) -> None:
+    origin = load_backbone(str(Case.read("beit-finetuned").write(tmp_path))).origin
+    assert "left out 3 (blocks.*.attn.relative_position_index)" in origin.loading[1]
+    origin = load_backbone(str(Case.read("mae-pretrain").write(tmp_path))).origin
+    assert "decoder_blocks.*, " in origin.loading[1]
 
 
 def test_a_normalisation_that_is_given_is_not_assumed(dino_full: Path) -> None:
@@ -282,6 +288,33 @@ def test_an_average_beside_the_weights_is_told(tmp_path: Path) -> None:
     )
     torch.save({"state_dict_ema": average}, path)
     with pytest.raises(ModelError, match="no named tensors but in state_dict_ema; say which"):
+        load_backbone(str(path))
+
+
+def test_a_part_inside_a_part(tmp_path: Path) -> None:
+    tensors = Case.read("dino-backbone").tree()
+    path = tmp_path / "w.pth"
+    torch.save({"a": {"b": tensors}}, path)
+    with pytest.raises(ModelError, match=r"but in a; say .*branch a "):
+        load_backbone(str(path))
+    with pytest.raises(ModelError, match=r"but in a/b; say .*branch a/b "):
+        load_backbone(str(path), branch="a")
+    assert load_backbone(str(path), branch="a/b").width == 128
+    with pytest.raises(ModelError, match=r"no part 'a/c'; expected a/b$"):
+        load_backbone(str(path), branch="a/c")
+
+
+def test_the_state_of_an_optimiser_is_no_part(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.step()
+    path = tmp_path / "w.pth"
+    torch.save(optimizer.state_dict(), path)
+    with pytest.raises(ModelError, match="the state of an optimiser"):
+        load_backbone(str(path))
+    torch.save({"optimizer": optimizer.state_dict(), "model": {}, "epoch": 3}, path)
+    with pytest.raises(ModelError, match=r"no named tensors \(it holds optimizer, model, epoch\)$"):
         load_backbone(str(path))
 
 
