@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import socket
@@ -43,6 +44,12 @@ def complaint(spec: str, **options: object) -> str:
     [
         ("timm/vit_tiny_patch16_244", "'timm/vit_tiny_patch16_224'"),
         ("vit_tiny_patch16_224", "'timm/vit_tiny_patch16_224'"),
+        ("vit_base_patch16_224.dino", "'timm/vit_base_patch16_224.dino'"),
+        ("timm:vit_tiny_patch16_224", "'timm/vit_tiny_patch16_224'"),
+        ("hf_hub:timm/vit_tiny", "'hf-hub:timm/vit_tiny'"),
+        ("local-dir:exported", "give the folder or file itself: exported"),
+        ("https://example.org/w.pth", "download it, and give the file"),
+        ("esvit-swin-b-w7", "a file to download"),
         ("timm/vit_base_patch16_224.dinoo", "'dino'"),
         ("vit-b", "student"),
         ("timm/xyzzy", "featdistill models"),
@@ -56,7 +63,11 @@ def test_typos(spec: str, hint: str) -> None:
 
 def test_mistyped_folder(tmp_path: Path) -> None:
     (tmp_path / "my-run").mkdir()
-    assert "'my-run'" in complaint(str(tmp_path / "my-rnu"))
+    assert f"did you mean '{tmp_path}/my-run'?" in complaint(str(tmp_path / "my-rnu"))
+
+
+def test_what_is_like_nothing_gets_no_suggestion() -> None:
+    assert "did you mean" not in complaint("nomodule")
 
 
 def test_a_bare_checkpoint_needs_an_architecture(tmp_path: Path) -> None:
@@ -106,6 +117,50 @@ def test_hub_out_of_reach(offline: None) -> None:
     line = complaint("timm/vit_tiny_patch16_224.augreg_in21k")
     assert "vit_tiny_patch16_224.augreg_in21k" in line
     assert "--teacher-weights" in line
+
+
+@pytest.fixture
+def cached(offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub whose repository `me/model` has been downloaded before; returns its empty folder."""
+    folder = tmp_path / "models--me--model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+@torch.no_grad()
+def test_a_hub_repository_in_either_layout(cached: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    settings = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=128,
+        image_size=32,
+    )
+    theirs = ViTModel(settings).eval()
+    theirs.save_pretrained(cached)
+    backbone = load_backbone("hf-hub:me/model@main")
+    assert backbone.origin.spec == "hf-hub:me/model@main"
+    mean, std = (torch.tensor(v)[:, None, None] for v in backbone.rgb)
+    right = theirs((images(2, 32) - mean) / std).last_hidden_state
+    torch.testing.assert_close(backbone(images(2, 32)).prefix, right[:, :1], atol=1e-4, rtol=1e-4)
+
+    export_timm(small_beit(), cached)
+    assert torch.equal(
+        load_backbone("hf-hub:me/model")(images(2, 32)).map, small_beit()(images(2, 32)).map
+    )
+
+
+def test_a_hub_repository_out_of_reach(offline: None) -> None:
+    line = complaint("hf-hub:me/other")
+    assert "'hf-hub:me/other'" in line
+    assert "out of reach" in line
+    assert "OWNER/NAME" in complaint("hf-hub:")
 
 
 def test_no_weights_published(offline: None) -> None:
@@ -330,6 +385,12 @@ class Wrong(Body):
 def number():
     return 3
 
+def breaks():
+    raise RuntimeError("no such GPU")
+
+def wants(argument):
+    return argument
+
 NOTHING = None
 """
 
@@ -392,12 +453,22 @@ def test_factory_of_features_keeps_what_the_module_says(factories: str) -> None:
         ("Mpa", ["no callable 'Mpa'", "'Map'"]),
         ("NOTHING", ["no callable 'NOTHING'"]),
         ("number", ["returned a int", "torch.nn.Module"]),
+        ("breaks", ["fails (RuntimeError: no such GPU, ", "users_own_models.py, line "]),
+        ("wants", ["cannot be called without arguments", "'argument'"]),
         ("Wrong", ["returned a dict", "a map (B, C, h, w)"]),
     ],
 )
 def test_factory_that_is_wrong(factories: str, name: str, words: list[str]) -> None:
     line = complaint(f"{factories}:{name}")
     assert all(word in line for word in words)
+
+
+def test_factory_of_a_module_that_breaks(factories: str) -> None:
+    folder = Path(str(importlib.import_module(factories).__file__)).parent
+    (folder / "users_broken_models.py").write_text("1 / 0")
+    line = complaint("users_broken_models:build")
+    assert "ZeroDivisionError" in line
+    assert "users_broken_models.py, line 1" in line
 
 
 def test_factory_of_a_module_that_is_not_there() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import nn
 
-from featdistill.core.errors import ModelError, RunError, did_you_mean
+from featdistill.core.errors import FeatDistillError, ModelError, RunError, did_you_mean
 from featdistill.core.seeds import seeded_globals
+from featdistill.models import hub
 from featdistill.models.backbone import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Backbone,
-    CustomBackbone,
     Origin,
     Rgb,
     TimmBuild,
@@ -27,9 +27,11 @@ from featdistill.models.checkpoints.load import load_checkpoint
 from featdistill.models.checkpoints.settings import timm_layout
 from featdistill.models.checkpoints.spec import CLIP_MEAN, CLIP_STD, HALF
 from featdistill.models.checkpoints.unwrap import unwrap
+from featdistill.models.factory import from_factory
+from featdistill.models.hub import check_reachable
 from featdistill.models.positions import BiasResampling
 from featdistill.models.resize import check_divides, resize
-from featdistill.models.students import SIZES
+from featdistill.models.suggest import no_model
 from featdistill.models.timm_models import (
     accepts,
     check_name,
@@ -44,7 +46,6 @@ NORMALISATIONS: dict[str, tuple[Rgb, Rgb]] = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "half": (HALF, HALF),
 }
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _CONFIGS = ("config.json", "model.json")  # timm's and transformers' name, and a plain export's
 
 
@@ -100,10 +101,10 @@ def load_backbone(
         backbone = _hub(spec, drop)
     elif asked.folder is not None:
         backbone = load_folder(asked.folder, drop=drop)
-    elif ":" in spec:
-        return _factory(spec, image_size).eval()
+    elif re.fullmatch(r"[\w.]+:[\w.]+", spec):
+        return from_factory(spec, image_size).eval()
     else:
-        raise _no_model(spec)
+        raise no_model(spec)
     if image_size is not None:
         backbone = resize(backbone, image_size, how=bias_resampling)
     return backbone.eval()
@@ -178,25 +179,8 @@ def _on_disk(spec: str) -> tuple[Path | None, Path | None]:
         raise ModelError(f"cannot look at '{spec}' ({reason})") from None
 
 
-def _no_model(spec: str) -> ModelError:
-    path = Path(spec).expanduser()
-    if len(path.parts) > 1 or path.suffix in SUFFIXES:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = did_you_mean(path.name, siblings)
-    else:
-        hint = did_you_mean(f"timm/{spec}", [f"timm/{n}" for n in timm.list_models()])
-    if spec in SIZES:
-        hint = "that is a student's name; a model needs weights: timm/NAME or a run folder"
-    return ModelError(
-        f"no model '{spec}'",
-        expected="timm/NAME, a checkpoint file, hf-hub:NAME, a run or export folder, or "
-        "package.module:factory",
-        fix=hint,
-    )
-
-
 def _file(asked: _Asked, file: Path, drop: Drop) -> Backbone:
-    if asked.arch is None and asked.branch is None and file.name in _WEIGHTS:
+    if asked.arch is None and asked.branch is None and file.name in hub.WEIGHTS:
         # what lies beside the file knows more than its tensors
         for described in (file.with_suffix(".json"), file.parent / "config.json"):
             if described.is_file() and "architecture" in read_json(described):
@@ -298,13 +282,21 @@ def _wrap(
 
 
 def _hub(spec: str, drop: Drop) -> Backbone:
+    """A repository of Hugging Face's hub, in timm's layout or in transformers'."""
+    repository = spec.removeprefix("hf-hub:")
+    if not repository:
+        raise ModelError(f"'{spec}' names no repository", expected="hf-hub:OWNER/NAME")
     try:
-        config, architecture, arguments = timm.models.load_model_config_from_hf(
-            spec.removeprefix("hf-hub:")
-        )
+        check_reachable(repository, spec, fix="connect to the internet, or give a file you have")
+        folder = hub.download(repository)
+        if "architecture" not in read_json(folder / "config.json"):
+            backbone = load_folder(folder, drop=drop)
+            backbone.origin = replace(backbone.origin, spec=spec)
+            return backbone
+        config, architecture, arguments = timm.models.load_model_config_from_hf(repository)
         rate = drop_path_argument(architecture, drop.rate)
         model = timm.create_model(spec, pretrained=True, **rate)
-    except ModelError:
+    except FeatDistillError:
         raise
     except Exception as error:  # the hub client and timm raise many kinds
         line = " ".join(str(error).split())[:200]
@@ -361,8 +353,8 @@ def load_folder(folder: Path, *, drop: Drop | None = None) -> Backbone:
         )
     if "architecture" in config:
         timm_layout(described)
-    file = next((export / n for n in _WEIGHTS if (export / n).is_file()), None)
-    if file is None and any((export / f"{n}.index.json").is_file() for n in _WEIGHTS):
+    file = next((export / n for n in hub.WEIGHTS if (export / n).is_file()), None)
+    if file is None and any((export / f"{n}.index.json").is_file() for n in hub.WEIGHTS):
         raise ModelError(
             f"the weights in '{export}' are spread over several files",
             fix="join them: transformers.AutoModel.from_pretrained(FOLDER).save_pretrained(NEW, "
@@ -394,32 +386,3 @@ def _described(spec: str, described: Path, file: Path, drop: Drop) -> Backbone:
         layout.class_names,
         projection=layout.projection,
     )
-
-
-def _factory(spec: str, image_size: int | None) -> Backbone:
-    module_name, _, name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ModelError(
-            f"cannot import '{module_name}' for model '{spec}' ({error})",
-            expected="package.module:factory, importable from here",
-        ) from None
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        names = [n for n in dir(module) if not n.startswith("_")]
-        raise ModelError(f"'{module_name}' has no callable '{name}'", fix=did_you_mean(name, names))
-    try:
-        model = factory()
-    except TypeError as error:
-        raise ModelError(
-            f"'{spec}' cannot be called without arguments ({error})",
-            expected="a callable without arguments that returns a torch.nn.Module",
-        ) from None
-    if isinstance(model, Backbone):
-        return model
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"'{spec}' returned a {type(model).__name__}", expected="a torch.nn.Module"
-        )
-    return CustomBackbone(model, image_size=image_size, origin=Origin(spec, "the factory's own"))

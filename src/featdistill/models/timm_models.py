@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import os
-import socket
 import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
-from urllib.parse import urlparse
 
 import timm
 import torch
@@ -17,6 +14,7 @@ from torch import nn
 
 from featdistill.core.errors import ModelError, did_you_mean, nearest
 from featdistill.models.extensions import extend, split_arguments
+from featdistill.models.hub import check_reachable
 
 
 def check_name(name: str) -> None:
@@ -102,41 +100,11 @@ def _refused(name: str, error: Exception) -> ModelError:
 
 
 def _check_hub(name: str) -> None:
-    """Fail in seconds, not in the hub client's minute of retries, where there is no network."""
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise ModelError(
             f"timm has no pretrained weights for '{name}'",
             fix="give a checkpoint file, or 'random'",
         )
-    if not config.hf_hub_id or _cached(config.hf_hub_id):
-        return
-    if any(os.environ.get(v) for v in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return
-    from huggingface_hub import constants
-
-    address = urlparse(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or not _reachable(address.hostname or "", address.port or 443):
-        raise ModelError(
-            f"cannot get the weights of 'timm/{name}': {address.hostname} is out of reach and they "
-            "are not in the cache",
-            fix=_OFFLINE_FIX,
-        )
-
-
-def _reachable(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=5):
-            return True
-    except OSError:
-        return False
-
-
-def _cached(repository: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    repository = repository.partition("@")[0]
-    return any(
-        isinstance(try_to_load_from_cache(repository, file), str)
-        for file in ("model.safetensors", "pytorch_model.bin")
-    )
+    if config.hf_hub_id:
+        check_reachable(config.hf_hub_id.partition("@")[0], f"timm/{name}", fix=_OFFLINE_FIX)
