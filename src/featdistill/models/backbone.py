@@ -41,6 +41,7 @@ class LoadReport:
         assumed: what the file does not say and was taken for granted.
         resized: positions that were carried to another size.
         also: parts of the file that could be taken instead (`branch`).
+        pads_first: a Swin that is padded before it is shifted (`extensions`).
     """
 
     title: str
@@ -51,6 +52,7 @@ class LoadReport:
     assumed: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    pads_first: bool = False
 
     @property
     def lines(self) -> tuple[str, ...]:

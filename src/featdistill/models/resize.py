@@ -7,6 +7,7 @@ from typing import Any
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone, Origin, TimmBuild
+from featdistill.models.extensions import extend, windows_leave_a_rest
 from featdistill.models.positions import BiasResampling, Carried, can_carry, carry_positions
 from featdistill.models.timm_models import create, drop_path_argument, family_filter
 from featdistill.models.weights import load_exactly
@@ -37,6 +38,9 @@ def resize(
             check_divides(model, side, origin)
         rate = drop_path_argument(build.architecture, backbone.slot.rate)
         model = create(build.architecture, **build.arguments, **rate)
+        if origin.report and origin.report.pads_first and windows_leave_a_rest(model):
+            build = TimmBuild(build.architecture, {**build.arguments, "pad_first": True})
+            extend(model, {"pad_first": True})
         carried = _carry(backbone, model, how)
         load_exactly(model, carried.tensors, what=origin.spec)
         if origin.report is not None:

@@ -19,9 +19,10 @@ in, and takes the weights that `parity.fill` makes for its checkpoint. Images ar
 the project's mean and standard deviation, or those of its published weights.
 
 A second image size tests what a reader does with positions. None of the projects' (or torch's)
-interpolation is used for the answers: absolute positions are resized as images, by Pillow's bicubic
-filter, and set into the original module built at that size. Swin has no absolute positions, and
-sizes are such that every stage keeps its window, so nothing is resized: only the masks differ.
+interpolation is used for the answers: absolute positions and relative bias tables are resized as
+images, by Pillow's bicubic filter, and set into the original module built at that size. Where a
+stage keeps its window, nothing is resized and only the masks differ. EsViT at 256 pixels has maps
+that its windows do not fill, and with a window of 14 a last stage whose window grows.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ EXACT = {
     "context_length",
     "vocab_size",
 }
+
+COMPUTED = ("attn_mask", "relative_position_index", "relative_coords_table")
 
 # --- the projects -------------------------------------------------------------------------------
 
@@ -158,15 +161,16 @@ class Recipe:
             for key, value in weights.items()
         }
         if size != self.sizes[0]:
-            # masks belong to an image size; the module has made its own
-            weights = {
-                key: value for key, value in weights.items() if not key.endswith("attn_mask")
-            }
+            # these belong to an image size; the module has made its own
+            weights = {key: value for key, value in weights.items() if not key.endswith(COMPUTED)}
             if self.positions:
                 key, prefix = self.positions
                 weights[key] = resize(weights[key], own[key].shape, prefix)
+            for key, value in weights.items():
+                if key.endswith("relative_position_bias_table"):
+                    weights[key] = resize(value, own[key].shape, 0)
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        if unexpected or any(not key.endswith("attn_mask") for key in missing):
+        if unexpected or any(not key.endswith(COMPUTED) for key in missing):
             raise ValueError(f"{self.name}: missing {missing}, unexpected {unexpected}")
         mean, std = (torch.tensor(values)[:, None, None] for values in self.pixels)
         return self.answer(model, (images(size) - mean) / std)
@@ -288,8 +292,7 @@ def esvit(made: Checkouts) -> Iterator[Recipe]:
             if not key.startswith(("head.", "head_dense."))
         }
 
-    # the published windows fill the last stage at 224 pixels, and next at 448, a lot to store
-    for window, sizes in ((7, (224,)), (14, (224,)), (3, (96, 192))):
+    for window, sizes in ((7, (224, 256)), (14, (224, 256)), (3, (96, 192))):
         yield Recipe(
             name=f"esvit-w{window}",
             format="esvit",
@@ -356,7 +359,7 @@ def microsoft(made: Checkouts) -> Iterator[Recipe]:
         "swinv2-pretrained-window",
         "Swin V2 classifier, fine-tuned with a larger window than it was pre-trained with",
         "swinv2_base_patch4_window12to16_192to256_22kto1k_ft.yaml",
-        (128,),
+        (128, 256),
         8,
         PRETRAINED_WINDOW_SIZES=[6, 6, 6, 3],
     )
@@ -413,7 +416,7 @@ def feature_distillation(made: Checkouts) -> Iterator[Recipe]:
     yield recipe(
         "fd-swin-pretrain",
         "Feature distillation's pre-training checkpoint: student, frozen EsViT teacher, decoder",
-        (96,),
+        (96, 192),
         lambda size: distilled(size, **small(6)).encoder,
         checkpoint=lambda: saved(distilled(96, **small(6))),
         weights=lambda tree: without("encoder.", tree["model"]),
@@ -435,7 +438,7 @@ def feature_distillation(made: Checkouts) -> Iterator[Recipe]:
     yield recipe(
         "fd-swin-shared-bias",
         "Feature distillation's pre-training checkpoint, position bias shared by a stage's blocks",
-        (96,),
+        (96, 192),
         lambda size: distilled(size, **small(3), USE_SHARED_RPB=True).encoder,
         checkpoint=lambda: saved(distilled(96, **small(3), USE_SHARED_RPB=True)),
         weights=lambda tree: without("encoder.", tree["model"]),

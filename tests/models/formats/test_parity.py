@@ -40,6 +40,7 @@ def write(case: Case, folder: Path) -> Path:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_token_at_every_size(name: str, tmp_path: Path) -> None:
     case = Case.read(name)
+    assert len(case.sizes) > 1
     path = write(case, tmp_path)
     for size in case.sizes:
         backbone = load_backbone(str(path), image_size=size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
+from featdistill.models.export import export
 from featdistill.models.load import load_backbone
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -183,6 +185,31 @@ def test_at_another_size(name: str, saved: Callable[[nn.Module], Path]) -> None:
     model.load_state_dict(state)
     right = normed(model, name, theirs(model, name, backbone, images(48)).last_hidden_state)
     torch.testing.assert_close(tokens(backbone, images(48)), right, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [64, 34])  # windows that fill the maps, and that do not
+@pytest.mark.parametrize("name", ["swin", "swinv2", "swinv2-pretrained-window"])
+def test_swins_at_another_size(
+    name: str, size: int, saved: Callable[[nn.Module], Path], tmp_path: Path
+) -> None:
+    """The library pads before it shifts, as the original Swins do and timm does not."""
+    kind, config, arguments = PLAIN[name]
+    model = make(kind, config, **arguments)
+    backbone = load_backbone(str(saved(model)), image_size=size)
+    right = theirs(model, name, backbone, images(size)).last_hidden_state
+    torch.testing.assert_close(tokens(backbone, images(size)), right, atol=1e-4, rtol=1e-4)
+    if size == 34:
+        assert backbone.build is not None
+        assert backbone.build.arguments["pad_first"]
+        copied = copy.deepcopy(backbone)
+        copied.model.patch_embed.proj.bias.zero_()
+        assert not torch.allclose(copied(images(size)).map, backbone(images(size)).map)
+        with pytest.raises(ModelError, match="no argument for pad_first"):
+            export(backbone, tmp_path / "timm", to="timm")
+        export(backbone, tmp_path / "plain", to="plain")
+        again = load_backbone(str(tmp_path / "plain"))
+        assert torch.equal(again(images(size)).map, backbone(images(size)).map)
 
 
 def test_dinov2_with_registers_interpolates_as_we_do(saved: Callable[[nn.Module], Path]) -> None:

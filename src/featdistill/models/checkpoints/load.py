@@ -420,4 +420,5 @@ def _report(read: _Read, title: str, assumed: tuple[str, ...]) -> LoadReport:
         left_out=left_out,
         assumed=assumed,
         also=read.unwrapped.also,
+        pads_first=read.format is not None and read.format.pads_first,
     )

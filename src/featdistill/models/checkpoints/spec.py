@@ -54,6 +54,7 @@ class Format:
         unfinish: the name before `finish` of one after it, for messages.
         required: patterns that must occur in the file, although a model without them could exist.
         kind: timm's class.
+        pads_first: Swins that are padded before they are shifted (`extensions`).
     """
 
     name: str
@@ -71,6 +72,7 @@ class Format:
     unfinish: Callable[[str, Mapping[str, Tensor]], str] = _same_name
     required: tuple[str, ...] = ()
     kind: type[nn.Module] = VisionTransformer
+    pads_first: bool = False
 
     def recognises(self, names: Mapping[str, Tensor]) -> bool:
         """Whether a state dict is of this format."""

@@ -123,6 +123,7 @@ SWIN = Format(
     plan=families.swin,
     kind=SwinTransformer,
     hints=_swin_hints,
+    pads_first=True,
 )
 SWIN_TIMM = Format(
     name="swin-timm",
@@ -143,6 +144,7 @@ SWIN_V2 = Format(
     plan=families.swin_v2,
     kind=SwinTransformerV2,
     hints=_swin_v2_hints,
+    pads_first=True,
 )
 SWIN_V2_TIMM = Format(
     name="swin-v2-timm",

@@ -364,6 +364,7 @@ _SWIN = Format(
     normalisation_known=False,
     hints=_swin_hints,
     kind=SwinTransformer,
+    pads_first=True,
 )
 _SWIN_V2 = Format(
     name="transformers-swinv2",
@@ -375,6 +376,7 @@ _SWIN_V2 = Format(
     normalisation_known=False,
     hints=_swin_v2_hints,
     kind=SwinTransformerV2,
+    pads_first=True,
 )
 
 _DINOV3 = Format(
