@@ -52,7 +52,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from parity import CASES, Answer, Case, images
+from parity import CASES, Answer, Case, images, shapes_hash
 
 State = dict[str, Tensor]
 Pair = tuple[tuple[float, ...], tuple[float, ...]]
@@ -631,6 +631,46 @@ def open_clip(made: Checkouts) -> Iterator[Recipe]:
     )
 
 
+# --- the giant ----------------------------------------------------------------------------------
+
+GIANT = CASES.parent / "swin-v2-g.json"
+
+
+def giant(made: Checkouts) -> dict[str, Any]:
+    """SwinV2-G's weights by the project's own module, without memory for them.
+
+    The sizes are the paper's (Liu et al. 2022): the project has no configuration of it.
+    """
+    project, file = "feature-distillation", "models/swin_transformer_v2.py"
+    v2 = made.load(project, "models.swin_transformer_v2")
+    linspace = torch.linspace
+    torch.linspace = lambda *args: linspace(*args, device="cpu")  # its `item()` needs numbers
+    try:
+        with torch.device("meta"):
+            model = v2.SwinTransformerV2(
+                img_size=256,
+                num_classes=0,
+                embed_dim=512,
+                depths=[2, 2, 42, 4],
+                num_heads=[16, 32, 64, 128],
+                window_size=8,
+                endnorm_interval=6,
+            )
+    finally:
+        torch.linspace = linspace
+    weights = dict(model.named_parameters())
+    return {
+        "source": {
+            "repository": REPOSITORIES[project],
+            "commit": made.commit(project),
+            "files": [file],
+        },
+        "parameters": sum(p.numel() for p in weights.values()),
+        "tensors": len(weights),
+        "sha256": shapes_hash(weights),
+    }
+
+
 # --- cases --------------------------------------------------------------------------------------
 
 REPOSITORIES = {
@@ -720,6 +760,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare written cases, write nothing")
     options = parser.parse_args()
     made = Checkouts(options.checkouts)
+    if not options.names or GIANT.stem in options.names:
+        if options.check:
+            print(f"{GIANT.stem}: {json.loads(GIANT.read_text()) == giant(made)}")
+        else:
+            GIANT.write_text(json.dumps(giant(made), indent=1) + "\n")
     for project in (clip, microsoft, feature_distillation, esvit, open_clip):
         for recipe in project(made):
             if options.names and recipe.name not in options.names:

@@ -9,8 +9,10 @@ and `generate_swin_clip.py`, which compute the answers with the original code.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,12 @@ def fill(name: str, shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
     else:
         values *= 0.5 if len(shape) == 3 else 0.2
     return torch.from_numpy(np.asarray(values)).to(getattr(torch, dtype))
+
+
+def shapes_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and shapes of tensors, in the names' order."""
+    lines = (f"{name} {tuple(tensors[name].shape)}\n" for name in sorted(tensors))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def images(size: int) -> Tensor:
