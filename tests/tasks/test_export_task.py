@@ -14,6 +14,7 @@ from featdistill.core.errors import ModelError, RunError
 from featdistill.core.records import read_record, write_json
 from featdistill.models.backbone import Origin
 from featdistill.tasks.provenance import story_of
+from tests.models.formats.parity import Case
 
 from .conftest import SHAPE, TINY
 
@@ -51,6 +52,16 @@ def test_the_card_tells_how_the_student_was_made(
     assert "## Results so far\n\n- distill: after 6 steps" in text
     assert "- teacher: made from random weights" in text  # nobody's licence
     assert str(teacher.parent) not in text
+
+
+def test_the_card_tells_how_a_checkpoint_file_was_read(tmp_path: Path) -> None:
+    path = Case.read("dino-full").write(tmp_path)
+    featdistill.export(model=path, out=tmp_path / "first")
+    featdistill.export(model=tmp_path / "first", to="plain", out=tmp_path / "second")
+    for text in (card(tmp_path / "first"), card(tmp_path / "second")):
+        assert "- read as: plain ViT, as DINO, " in text
+        assert "; loaded 30 of 38 tensors, renamed 0, resized 0, left out 8 (head.*)" in text
+        assert "- assumed: the normalisation, mean 0.485" in text
 
 
 def test_the_card_tells_the_results(classifier: Path, tmp_path: Path) -> None:

@@ -66,3 +66,5 @@ def test_weights_that_nobody_has_are_said_to_be_so(capsys: pytest.CaptureFixture
 def test_an_unknown_name_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "vit_base_patch16_224.dion"]) == 2
     assert "did you mean 'vit_base_patch16_224.dino'" in capsys.readouterr().err
+    assert main(["models", "esvitt"]) == 2
+    assert "did you mean 'esvit'" in capsys.readouterr().err

@@ -89,8 +89,10 @@ class ModelConfig(Section):
         description="part of a checkpoint file to take: student, teacher, model_ema, ...; the "
         "teacher or the only one by default",
     )
-    normalisation: Literal["auto", "imagenet", "clip", "half"] = Field(
-        "auto", description="mean and std for a checkpoint file: imagenet, clip or half (0.5)"
+    normalisation: Literal["auto", "imagenet", "clip", "half", "satellite"] = Field(
+        "auto",
+        description="mean and std for a checkpoint file: imagenet, clip, half (0.5) or satellite "
+        "(DINOv3's)",
     )
     bias_resampling: Literal["linear", "geometric"] = Field(
         "linear", description="relative bias tables at another image size: linear or geometric"

@@ -55,16 +55,20 @@ class LoadReport:
     pads_first: bool = False
 
     @property
-    def lines(self) -> tuple[str, ...]:
-        """What a user should read, one line each."""
+    def counts(self) -> str:
+        """`loaded A of B tensors, renamed R, resized Z, left out K (patterns)`."""
         gone = [name for names in self.left_out.values() for name in names]
         patterns = f" ({', '.join(_patterns(gone))})" if gone else ""
+        return (
+            f"loaded {self.total - len(gone)} of {self.total} tensors, renamed {self.renamed}, "
+            f"resized {len(self.resized)}, left out {len(gone)}{patterns}"
+        )
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What a user should read, one line each."""
         where = f", in '{self.path}'" if self.path else ""
-        lines = [
-            f"format   {self.title}{where}",
-            f"weights  loaded {self.total - len(gone)} of {self.total} tensors, renamed "
-            f"{self.renamed}, resized {len(self.resized)}, left out {len(gone)}{patterns}",
-        ]
+        lines = [f"format   {self.title}{where}", f"weights  {self.counts}"]
         lines += [
             f"left out {len(names)}: {reason} ({', '.join(_patterns(names))})"
             for reason, names in self.left_out.items()

@@ -40,11 +40,12 @@ from featdistill.models.timm_models import (
 )
 from featdistill.models.weights import file_hash, load_exactly, read_json
 
-NormalisationName = Literal["auto", "imagenet", "clip", "half"]
+NormalisationName = Literal["auto", "imagenet", "clip", "half", "satellite"]
 NORMALISATIONS: dict[str, tuple[Rgb, Rgb]] = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "clip": (CLIP_MEAN, CLIP_STD),
     "half": (HALF, HALF),
+    "satellite": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
 }
 _CONFIGS = ("config.json", "model.json")  # timm's and transformers' name, and a plain export's
 
@@ -80,8 +81,8 @@ def load_backbone(
         arch: timm's name of a checkpoint file's architecture, where its tensors do not tell.
         branch: the part of a checkpoint file to take (`student`, `model_ema`, ...); by default the
             teacher of a self-distillation, or the only part.
-        normalisation: of the images, where a checkpoint file does not tell: `imagenet`, `clip` or
-            `half` (mean and standard deviation 0.5).
+        normalisation: of the images, where a checkpoint file does not tell: `imagenet`, `clip`,
+            `half` (mean and standard deviation 0.5) or `satellite` (DINOv3's).
         image_size: side in pixels; the model's own by default. Positions are carried over.
         bias_resampling: how relative bias tables are carried over (`positions.resize_bias_table`).
         drop_path: stochastic depth rate.

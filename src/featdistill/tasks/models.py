@@ -34,6 +34,7 @@ def run(config: ModelsConfig) -> dict[str, list[dict[str, Any]]]:
         names = [e.name for e in catalogue.teachers()]
         if not search.startswith("timm/"):
             names = [name.removeprefix("timm/") for name in names]
+            names += {word.lower() for e in catalogue.teachers() for word in e.family.split()}
         raise ModelError(
             f"no known model and none of timm's pretrained weights is called '{search}'",
             fix=did_you_mean(search, names) or "try dino, clip, deit, mae, swin, beit, ...",

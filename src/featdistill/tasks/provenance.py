@@ -57,8 +57,17 @@ def story_of(spec: str, backbone: Backbone) -> Story:
         if _FROM in made:  # an export of an export
             earlier = [made.pop(key) for key in (_FROM, _WAS) if key in made]
             made[_WAS] = ", before that ".join(earlier)
-        return Story({_FROM: origin, **made}, kept.results, licences)
+        return Story({_FROM: origin, **_file(backbone.origin), **made}, kept.results, licences)
     return Story({_FROM: origin, **_facts(run, _ANCESTORS)}, tuple(_results(run)), licences)
+
+
+def _file(origin: Origin) -> dict[str, str]:
+    """How a checkpoint file was read, and what it did not say."""
+    report = origin.report
+    if report is None:
+        return {}
+    facts = {"read as": f"{report.title}; {report.counts}"}
+    return {**facts, "assumed": "; ".join(report.assumed)} if report.assumed else facts
 
 
 def origin_record(origin: Origin) -> dict[str, str | None]:

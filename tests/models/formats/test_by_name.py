@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 
 from featdistill.core.errors import ModelError
+from featdistill.models import catalogue
 from featdistill.models.checkpoints.families import swin_v2
 from featdistill.models.checkpoints.formats import FORMATS
 from featdistill.models.checkpoints.load import load_checkpoint
 from featdistill.models.checkpoints.swins import SWIN_V2
 from featdistill.models.checkpoints.tables import convert, revert
 from featdistill.models.checkpoints.unwrap import Unwrapped
-from featdistill.models.load import load_backbone
+from featdistill.models.load import NORMALISATIONS, load_backbone
 from featdistill.models.timm_models import create
 from tests.models.formats.parity import CASES, Case, images, shapes_hash
 
@@ -55,6 +56,24 @@ def test_a_normalisation_that_is_given_is_not_assumed(dino_full: Path) -> None:
     backbone = load_backbone(str(dino_full), normalisation="half")
     assert backbone.rgb == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert "normalisation" not in "\n".join(backbone.origin.loading)
+
+
+def test_normalisations_by_name_are_the_catalogues() -> None:
+    for entry in catalogue.teachers():
+        if entry.mean_std:
+            assert NORMALISATIONS[entry.mean_std] == (entry.mean, entry.std)
+
+
+def test_what_files_of_one_format_may_differ_in_is_assumed(tmp_path: Path) -> None:
+    """DINOv3 has models of satellite images; BEiT v2 sees ImageNet's normalisation, BEiT 0.5."""
+    dinov3 = Case.read("dinov3").write(tmp_path)
+    assert "the normalisation" in "\n".join(load_backbone(str(dinov3)).origin.loading)
+    tree = Case.read("beit-pretrain").tree()
+    tree["model"] |= {f"cls_pt_layers.0.{n}": torch.ones(1) for n in ("norm1.weight", "gamma_1")}
+    torch.save(tree, tmp_path / "beitv2.pth")
+    backbone = load_backbone(str(tmp_path / "beitv2.pth"))
+    np.testing.assert_allclose(backbone.rgb, NORMALISATIONS["imagenet"], rtol=1e-6)
+    assert "looks like BEiT v2's" in "\n".join(backbone.origin.loading)
 
 
 def test_another_part_of_the_file(dino_full: Path) -> None:

@@ -158,6 +158,11 @@ def _beit_hints(unwrapped: Unwrapped, _: Converted, __: Settings) -> dict[str, A
     """
     if unwrapped.path.endswith("encoder.") or {"config", "max_accuracy"} & set(unwrapped.beside):
         return {"rgb": (IMAGENET_MEAN, IMAGENET_STD)}
+    if any(name.startswith("cls_pt_layers.") for name in unwrapped.tensors):
+        return {
+            "rgb": (IMAGENET_MEAN, IMAGENET_STD),
+            "assumed": ("the normalisation, ImageNet's, since it looks like BEiT v2's",),
+        }
     return {}
 
 
@@ -226,6 +231,7 @@ DINOV3 = Format(
         *same("blocks.#.mlp.fc1.*", "blocks.#.mlp.fc2.*", "norm.*"),
     ),
     plan=families.eva,
+    normalisation_known=False,  # those for satellite images have another
     hints=_dinov3_hints,
     finish=_dinov3_bias,
     unfinish=lambda name, _: re.sub(r"[qv]_bias$", "qkv.bias", name),
