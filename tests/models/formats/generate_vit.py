@@ -273,14 +273,21 @@ def resampled(rows: Tensor, side: int) -> Tensor:
 
 
 def recipes(originals: Checkouts) -> Iterator[Recipe]:
-    yield from _dino(originals)
-    yield from _ibot(originals)
-    yield from _mae(originals)
-    yield from _deit(originals)
-    yield from _beit(originals)
-    yield from _feature_distillation(originals)
-    yield from _dinov2(originals)
-    yield from _dinov3(originals)
+    makers = {
+        "dino": _dino,
+        "ibot": _ibot,
+        "mae": _mae,
+        "deit": _deit,
+        "unilm": _beit,
+        "feature-distillation": _feature_distillation,
+        "dinov2": _dinov2,
+        "dinov3": _dinov3,
+    }
+    for project, cases in makers.items():
+        if (originals.folder / project).is_dir():
+            yield from cases(originals)
+        else:
+            print(f"left out, because there is no checkout of it: {project}")
 
 
 def _dino(originals: Checkouts) -> Iterator[Recipe]:
