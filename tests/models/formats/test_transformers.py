@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
+from featdistill.models.checkpoints import load as loading
 from featdistill.models.export import export
 from featdistill.models.load import load_backbone
+from tests.models.formats.test_strictness import CHANGES
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -165,6 +169,53 @@ def test_every_token(name: str, saved: Callable[[nn.Module], Path]) -> None:
     pooled = getattr(seen, "pooler_output", None)
     if pooled is not None and name not in OTHER_POOLER:
         torch.testing.assert_close(backbone(images()).pooled, pooled, atol=1e-4, rtol=1e-4)
+
+
+def check_every_change(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, some: int | None
+) -> None:
+    """Whatever happens to a tensor is an error that names it; of numbered ones, to `some`."""
+    path = folder / "model.safetensors"
+    tree = loading.read_tree(path)
+    left_out = loading.load_checkpoint(path).report.left_out
+    gone = {name for names in left_out.values() for name in names}
+    single = [key for key in tree if key not in gone and not any(c.isdigit() for c in key)]
+    many = [key for key in tree if key not in gone and key not in single]
+    chosen = np.random.RandomState(0).permutation(len(many))[:some]
+    for key in [*single, *(many[i] for i in chosen)]:
+        for how, change in CHANGES.items():
+            changed = dict(tree)
+            change(changed, key)
+            monkeypatch.setattr(loading, "read_tree", lambda _, changed=changed: changed)
+            with pytest.raises(ModelError) as caught:
+                loading.load_checkpoint(path)
+            assert key in str(caught.value), (key, how)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_some_changes(
+    name: str, saved: Callable[[nn.Module], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, config, arguments = PLAIN[name]
+    check_every_change(name, saved(make(kind, config, **arguments)), monkeypatch, some=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_change(
+    name: str, saved: Callable[[nn.Module], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, config, arguments = PLAIN[name]
+    check_every_change(name, saved(make(kind, config, **arguments)), monkeypatch, some=None)
+
+
+def test_a_config_of_more_layers_than_the_tensors_have(saved: Callable[[nn.Module], Path]) -> None:
+    folder = saved(make(*PLAIN["vit"][:2], **MLP))
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: v for n, v in tensors.items() if ".layer.1." not in n}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"num_hidden_layers 2 .* for 1 layers"):
+        load_backbone(str(folder))
 
 
 @torch.no_grad()

@@ -194,6 +194,8 @@ def _check_numbers(read: _Read) -> None:
     beside |= {read.converted.came_from[name] for name in read.converted.buffers}
     beside |= set(read.converted.strangers)
     faults = odd_numbers({k: v for k, v in read.unwrapped.tensors.items() if k not in beside})
+    if read.converted.unequal:
+        faults["of another shape"] = list(read.converted.unequal)
     if faults:
         raise _misfit(read, listed(faults), fix=likely_cause(faults), translate=False)
 

@@ -7,6 +7,7 @@ A pattern is a tensor's name in which `#` stands for a number and `*`, at the en
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -58,6 +59,7 @@ class Converted:
         left_out: reason -> the file's names that were left out for it.
         strangers: names that no rule knows.
         incomplete: names that are missing beside others that they are joined with.
+        unequal: names (with shapes) that others which they are joined with differ from.
         buffers: what the model computes itself, by its new name.
     """
 
@@ -67,6 +69,7 @@ class Converted:
     left_out: dict[str, list[str]] = field(default_factory=dict)
     strangers: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
+    unequal: tuple[str, ...] = ()
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -151,18 +154,40 @@ def convert(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> Converted:
         else:
             strangers.append(name)
     incomplete: list[str] = []
+    unequal: list[str] = []
     for target, (rule, names, values) in parts.items():
         missing = [s for i, s in enumerate(rule.sources) if i not in names]
         if missing:
             incomplete += [_fill(source, values) for source in missing]
             continue
         ordered = [names[i] for i in range(len(rule.sources))]
+        if odd := _odd_ones({n: tuple(tensors[n].shape) for n in ordered}):
+            unequal += odd
+            continue
         out[target] = torch.cat([tensors[n] for n in ordered])
         came_from[target] = ordered[0]
     renamed = sum(old != new for new, old in came_from.items() if new in out)
     return Converted(
-        out, came_from, renamed, left_out, tuple(strangers), tuple(incomplete), buffers
+        out,
+        came_from,
+        renamed,
+        left_out,
+        tuple(strangers),
+        tuple(incomplete),
+        tuple(unequal),
+        buffers,
     )
+
+
+def _odd_ones(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Which of the tensors that are to be joined have another shape than most, with both shapes."""
+    counts = Counter(shapes.values())
+    usual, votes = counts.most_common(1)[0]
+    if votes == len(shapes) and usual:
+        return []
+    if votes == 1 or not usual:  # nobody knows which is right
+        return [f"{name} {shape}" for name, shape in shapes.items()]
+    return [f"{name} {shape} for {usual}" for name, shape in shapes.items() if shape != usual]
 
 
 def revert(tensors: Mapping[str, Tensor], rules: Iterable[Rule]) -> Converted:

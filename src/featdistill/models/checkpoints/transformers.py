@@ -8,7 +8,7 @@ not read. The key tables (`transformers_tables.py`) are used in both directions:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite
+from math import isfinite, isqrt
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from featdistill.models.checkpoints.transformers_tables import (
 )
 from featdistill.models.checkpoints.unwrap import Unwrapped
 from featdistill.models.checkpoints.vits import fold_class_position
+from featdistill.models.positions import SHARED_TABLE
 
 Config = Mapping[str, Any]
 
@@ -137,8 +138,40 @@ def _config(settings: Settings) -> Config:
     return inner if isinstance(inner, dict) else config
 
 
-def _vit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
+_REGISTERS = {"dinov2_with_registers": 4}  # by the library's default, where a config says nothing
+
+
+def _check_against(config: Config, converted: Converted) -> None:
+    """What a config says and the tensors could lack unnoticed: layers and registers.
+
+    Raises:
+        ModelError: they disagree.
+    """
+    tensors = converted.tensors
+    layers = {n.split(".")[1] for n in tensors if n.startswith("blocks.")}
+    if "num_hidden_layers" in config:
+        said = _positive(config, "num_hidden_layers", 12)
+        if said != len(layers):
+            raise ModelError(
+                f"num_hidden_layers {said} in its config.json for {len(layers)} layers of tensors"
+            )
+    kind = str(config.get("model_type"))
+    registers = config.get("num_register_tokens", _REGISTERS.get(kind))
+    if not registers:
+        return
+    held, positions = tensors.get("reg_token"), tensors.get("pos_embed")
+    if held is None:
+        raise ModelError("1 missing (reg_token)")
+    if held.ndim != 3 or held.shape[1] != registers:
+        raise ModelError(f"1 of another shape (reg_token {tuple(held.shape)})")
+    rows = positions.shape[1] - 1 if positions is not None and positions.ndim == 3 else 0
+    if positions is not None and isqrt(max(0, rows)) ** 2 != rows:
+        raise ModelError(f"1 of another shape (pos_embed {tuple(positions.shape)})")
+
+
+def _vit_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
     config = _config(settings)
+    _check_against(config, converted)
     eps = 1e-6 if str(config.get("model_type")).startswith("dinov2") else 1e-12
     act = activation_of(config, "gelu")
     return {
@@ -150,7 +183,10 @@ def _vit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any
 
 def _tower_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
     config = _config(settings)
-    clip = any_matches("norm_pre.weight", converted.tensors)
+    _check_against(config, converted)
+    clip = str(settings["transformers"].get("model_type")).startswith("clip")
+    if clip and "norm_pre.weight" not in converted.tensors:
+        raise ModelError("1 missing (norm_pre.weight)")
     act = activation_of(config, "quick_gelu" if clip else "gelu_pytorch_tanh")
     own = {"gelu": "clip_224", "quick_gelu": "clip_quickgelu_224"}.get(act, "clip_224")
     eps = 1e-5 if clip else 1e-6
@@ -162,9 +198,12 @@ def _tower_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict
     }
 
 
-def _beit_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
+def _beit_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
     config = _config(settings)
+    _check_against(config, converted)
     _only_gelu(config, "Beit")
+    if config.get("use_shared_relative_position_bias") and SHARED_TABLE not in converted.tensors:
+        raise ModelError(f"1 missing ({SHARED_TABLE})")
     return {
         "num_heads": _positive(config, "num_attention_heads", 12),
         "img_size": side_of("image_size", config.get("image_size", 224)),
@@ -219,6 +258,7 @@ def _swin_v2_hints(_: Unwrapped, converted: Converted, settings: Settings) -> di
 
 def _dinov3_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
     config = _config(settings)
+    _check_against(config, converted)
     gated = any_matches("blocks.#.mlp.fc1_g.weight", converted.tensors)
     if activation_of(config, "gelu") != ("silu" if gated else "gelu"):
         raise ModelError(
@@ -253,7 +293,7 @@ def _query_apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """SigLIP's pooling: timm keeps the query's projection apart from the keys' and values'."""
     out = {}
     for name, value in tensors.items():
-        if name.startswith("attn_pool.qkv.") and len(value) % 3 == 0:
+        if name.startswith("attn_pool.qkv.") and value.ndim and len(value) % 3 == 0:
             end = name.rpartition(".")[2]
             query, *rest = value.chunk(3)
             out[f"attn_pool.q.{end}"], out[f"attn_pool.kv.{end}"] = query, torch.cat(rest)
