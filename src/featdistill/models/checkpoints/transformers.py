@@ -8,7 +8,6 @@ not read. The key tables (`transformers_tables.py`) are used in both directions:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import isfinite, isqrt
 from typing import Any
 
 import torch
@@ -24,6 +23,18 @@ from featdistill.models.checkpoints.clip import unbiased_head
 from featdistill.models.checkpoints.sizes import patch_of
 from featdistill.models.checkpoints.spec import CLIP_MEAN, CLIP_STD, HALF, Format, Settings
 from featdistill.models.checkpoints.tables import Converted, Rule, any_matches
+from featdistill.models.checkpoints.transformers_config import (
+    Config,
+    activation_of,
+    check_against,
+    norm_eps_of,
+    number,
+    only_gelu,
+    positive,
+    side_of,
+    tower_config,
+    whole_each,
+)
 from featdistill.models.checkpoints.transformers_tables import (
     beit_rules,
     clip_rules,
@@ -38,152 +49,22 @@ from featdistill.models.checkpoints.unwrap import Unwrapped
 from featdistill.models.checkpoints.vits import fold_class_position
 from featdistill.models.positions import SHARED_TABLE
 
-Config = Mapping[str, Any]
-
-# --- config.json: its words in timm's, and what it leaves out by the library's defaults ----------
-
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
-def _number(config: Config, key: str, default: float) -> float:
-    """A number of a config.
-
-    Raises:
-        ModelError: it is no finite number.
-    """
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise ModelError(f"{key} {value!r} in its config.json", expected="a number")
-    return value
-
-
-def _positive(config: Config, key: str, default: int) -> int:
-    """A positive whole number of a config.
-
-    Raises:
-        ModelError: it is something else.
-    """
-    return _whole(key, config.get(key, default))
-
-
-def _whole(key: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{key} {value!r} in its config.json", expected="a positive number")
-    return value
-
-
-def _whole_each(config: Config, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Positive whole numbers of a config, one for each stage."""
-    values = config.get(key, default)
-    if not isinstance(values, list | tuple):
-        raise ModelError(f"{key} {values!r} in its config.json", expected="a list of numbers")
-    return tuple(_whole(key, value) for value in values)
-
-
-def activation_of(config: Config, default: str) -> str:
-    """timm's name of a config's activation.
-
-    Raises:
-        ModelError: it has none.
-    """
-    name = str(config.get("hidden_act", default))
-    if name not in _ACTIVATIONS:
-        raise ModelError(
-            f"hidden_act '{name}' in its config.json is not known here",
-            expected=", ".join(_ACTIVATIONS),
-            fix=did_you_mean(name, _ACTIVATIONS),
-        )
-    return _ACTIVATIONS[name]
-
-
-def _only_gelu(config: Config, family: str) -> None:
-    if activation_of(config, "gelu") != "gelu":
-        raise ModelError(
-            f"hidden_act '{config['hidden_act']}' in its config.json: timm's {family} has GELU "
-            "and nothing else"
-        )
-
-
-def _norm_eps(config: Config, default: float, timms: float) -> dict[str, Any]:
-    """The layer norms' epsilon, where it is another than that of timm's architecture."""
-    eps = float(_number(config, "layer_norm_eps", default))
-    return {} if eps == timms else {"norm_eps": eps}
-
-
-def side_of(key: str, value: Any) -> int:
-    """A side in pixels, from a number or a pair.
-
-    Raises:
-        ModelError: the pair is no square, or it is no positive number.
-    """
-    if isinstance(value, list | tuple):
-        if not value or any(side != value[0] for side in value):
-            raise ModelError(f"{key} {value} in its config.json", expected="a square")
-        value = value[0]
-    return _whole(key, value)
-
-
-def _config(settings: Settings) -> Config:
-    """The config.json, or the image tower's part of it."""
-    config: Config = settings["transformers"]
-    inner = config.get("vision_config")
-    return inner if isinstance(inner, dict) else config
-
-
-_REGISTERS = {"dinov2_with_registers": 4}  # by the library's default, where a config says nothing
-
-
-def _check_against(config: Config, converted: Converted) -> None:
-    """What a config says and the tensors could lack unnoticed: layers and registers.
-
-    Raises:
-        ModelError: they disagree.
-    """
-    tensors = converted.tensors
-    layers = {n.split(".")[1] for n in tensors if n.startswith("blocks.")}
-    if "num_hidden_layers" in config:
-        said = _positive(config, "num_hidden_layers", 12)
-        if said != len(layers):
-            raise ModelError(
-                f"num_hidden_layers {said} in its config.json for {len(layers)} layers of tensors"
-            )
-    kind = str(config.get("model_type"))
-    registers = config.get("num_register_tokens", _REGISTERS.get(kind))
-    if not registers:
-        return
-    held, positions = tensors.get("reg_token"), tensors.get("pos_embed")
-    if held is None:
-        raise ModelError("1 missing (reg_token)")
-    if held.ndim != 3 or held.shape[1] != registers:
-        raise ModelError(f"1 of another shape (reg_token {tuple(held.shape)})")
-    rows = positions.shape[1] - 1 if positions is not None and positions.ndim == 3 else 0
-    if positions is not None and isqrt(max(0, rows)) ** 2 != rows:
-        raise ModelError(f"1 of another shape (pos_embed {tuple(positions.shape)})")
-
 
 def _vit_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    config = _config(settings)
-    _check_against(config, converted)
+    config = tower_config(settings)
+    check_against(config, converted)
     eps = 1e-6 if str(config.get("model_type")).startswith("dinov2") else 1e-12
     act = activation_of(config, "gelu")
     return {
-        "num_heads": _positive(config, "num_attention_heads", 12),
+        "num_heads": positive(config, "num_attention_heads", 12),
         **({} if act == "gelu" else {"act_layer": act}),
-        **_norm_eps(config, eps, 1e-6),
+        **norm_eps_of(config, eps, 1e-6),
     }
 
 
 def _tower_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    config = _config(settings)
-    _check_against(config, converted)
+    config = tower_config(settings)
+    check_against(config, converted)
     clip = str(settings["transformers"].get("model_type")).startswith("clip")
     if clip and "norm_pre.weight" not in converted.tensors:
         raise ModelError("1 missing (norm_pre.weight)")
@@ -192,22 +73,22 @@ def _tower_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict
     eps = 1e-5 if clip else 1e-6
     return {
         "architecture": f"vit_base_patch16_{own if clip else 'siglip_224'}",
-        "num_heads": _positive(config, "num_attention_heads", 12),
+        "num_heads": positive(config, "num_attention_heads", 12),
         **({} if clip and act in ("gelu", "quick_gelu") else {"act_layer": act}),
-        **_norm_eps(config, eps, eps),
+        **norm_eps_of(config, eps, eps),
     }
 
 
 def _beit_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    config = _config(settings)
-    _check_against(config, converted)
-    _only_gelu(config, "Beit")
+    config = tower_config(settings)
+    check_against(config, converted)
+    only_gelu(config, "Beit")
     if config.get("use_shared_relative_position_bias") and SHARED_TABLE not in converted.tensors:
         raise ModelError(f"1 missing ({SHARED_TABLE})")
     return {
-        "num_heads": _positive(config, "num_attention_heads", 12),
+        "num_heads": positive(config, "num_attention_heads", 12),
         "img_size": side_of("image_size", config.get("image_size", 224)),
-        **_norm_eps(config, 1e-12, 1e-6),
+        **norm_eps_of(config, 1e-12, 1e-6),
     }
 
 
@@ -217,32 +98,32 @@ _SWIN_DEPTHS = (2, 2, 6, 2)
 
 def _swin_heads(config: Config) -> tuple[int, ...]:
     """Heads of each stage."""
-    heads = _whole_each(config, "num_heads", _SWIN_HEADS)
-    stages = len(_whole_each(config, "depths", _SWIN_DEPTHS))
+    heads = whole_each(config, "num_heads", _SWIN_HEADS)
+    stages = len(whole_each(config, "depths", _SWIN_DEPTHS))
     if len(heads) != stages:
         raise ModelError(f"num_heads {list(heads)} in its config.json for {stages} depths")
     return heads
 
 
 def _swin_hints(_: Unwrapped, __: Converted, settings: Settings) -> dict[str, Any]:
-    config = _config(settings)
-    _only_gelu(config, "Swin")
+    config = tower_config(settings)
+    only_gelu(config, "Swin")
     return {
         "img_size": side_of("image_size", config.get("image_size", 224)),
         "num_heads": _swin_heads(config),
-        **_norm_eps(config, 1e-5, 1e-5),
+        **norm_eps_of(config, 1e-5, 1e-5),
     }
 
 
 def _swin_v2_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    config = _config(settings)
-    _only_gelu(config, "Swin V2")
+    config = tower_config(settings)
+    only_gelu(config, "Swin V2")
     size, window = (
         side_of("image_size", config.get("image_size", 224)),
         side_of("window_size", config.get("window_size", 7)),
     )
     grid = size // patch_of(converted.tensors)
-    stages = len(_whole_each(config, "depths", _SWIN_DEPTHS))
+    stages = len(whole_each(config, "depths", _SWIN_DEPTHS))
     before = config.get("pretrained_window_sizes", ())
     if not isinstance(before, list | tuple) or not all(isinstance(n, int) for n in before):
         raise ModelError(f"pretrained_window_sizes {before!r} in its config.json")
@@ -252,21 +133,21 @@ def _swin_v2_hints(_: Unwrapped, converted: Converted, settings: Settings) -> di
         "num_heads": _swin_heads(config),
         "windows": [min(window, grid // 2**stage) for stage in range(stages)],
         **({"pretrained_window_sizes": before} if any(before) else {}),
-        **_norm_eps(config, 1e-5, 1e-5),
+        **norm_eps_of(config, 1e-5, 1e-5),
     }
 
 
 def _dinov3_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dict[str, Any]:
-    config = _config(settings)
-    _check_against(config, converted)
+    config = tower_config(settings)
+    check_against(config, converted)
     gated = any_matches("blocks.#.mlp.fc1_g.weight", converted.tensors)
     if activation_of(config, "gelu") != ("silu" if gated else "gelu"):
         raise ModelError(
             f"hidden_act '{config['hidden_act']}' in its config.json: timm's DINOv3 has GELU, or "
             "SiLU where the MLP is gated"
         )
-    width = _positive(config, "hidden_size", 384)
-    heads = _positive(config, "num_attention_heads", 6)
+    width = positive(config, "hidden_size", 384)
+    heads = positive(config, "num_attention_heads", 6)
     if width % (4 * heads):
         raise ModelError(
             f"num_attention_heads {heads} in its config.json for a hidden_size of {width}"
@@ -274,11 +155,11 @@ def _dinov3_hints(_: Unwrapped, converted: Converted, settings: Settings) -> dic
     channels = width // heads
     # computed as the library does, in float32
     steps = torch.arange(0, 1, 4 / channels, dtype=torch.float32)
-    periods = float(_number(config, "rope_theta", 100.0)) ** steps
+    periods = float(number(config, "rope_theta", 100.0)) ** steps
     return {
         "rope_periods": tuple(periods.tolist()),
         "img_size": side_of("image_size", config.get("image_size", 224)),
-        **_norm_eps(config, 1e-5, 1e-5),
+        **norm_eps_of(config, 1e-5, 1e-5),
     }
 
 
