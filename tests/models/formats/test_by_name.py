@@ -373,6 +373,25 @@ def test_families_whose_keys_look_like_others(tmp_path: Path, name: str) -> None
     assert backbone.num_classes == 3
 
 
+def test_timms_conversion_may_not_stretch_in_silence(tmp_path: Path) -> None:
+    """Nor hide what is damaged, or take it for another family."""
+    name = "eva02_tiny_patch14_224"
+    tensors = timm.create_model(name).state_dict()
+    path = tmp_path / "w.safetensors"
+    other_size = timm.create_model(name, img_size=112).state_dict()["pos_embed"]
+    for key, value, words in (
+        ("pos_embed", other_size, r"pos_embed \(1, 65, 192\) for \(1, 257, 192\)\).*at the size"),
+        ("pos_embed", other_size[0, 0].clone(), r"cannot read .*pos_embed \(192,\) for"),
+        ("cls_token", torch.full((1, 1, 192), float("nan")), r"1 not finite \(cls_token\)"),
+    ):
+        save_file({**tensors, key: value}, path)
+        with pytest.raises(ModelError, match=words):
+            load_backbone(f"timm/{name}", weights=str(path))
+    save_file({k: v for k, v in tensors.items() if k != "cls_token"}, path)
+    with pytest.raises(ModelError, match=r"1 missing \(cls_token\)"):
+        load_backbone(f"timm/{name}", weights=str(path))
+
+
 def test_a_file_that_timms_conversion_cannot_read(tmp_path: Path) -> None:
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match=r"w\.safetensors"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import LoadReport, Rgb, TimmBuild
 from featdistill.models.checkpoints import transformers
+from featdistill.models.checkpoints.by_timm import fill_by_timm
 from featdistill.models.checkpoints.clip import CLIP
 from featdistill.models.checkpoints.families import Plan
 from featdistill.models.checkpoints.files import read_tree
@@ -31,7 +32,6 @@ from featdistill.models.timm_models import (
     check_name,
     create,
     drop_path_argument,
-    family_filter,
 )
 from featdistill.models.weights import likely_cause, listed, load_exactly, odd_numbers
 
@@ -112,6 +112,8 @@ def load_checkpoint(
         except ModelError:
             if read.format is None or isinstance(_shell(arch), read.format.kind):
                 raise
+            if not _is_whole(read):
+                raise  # keys may look like another family's, and something else is wrong
             raise _other_family(read, arch) from None
     return _load(read, arch, drop_path)
 
@@ -145,7 +147,8 @@ def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
         facts = _facts(read, arch)
         plan = _plan_by_name(read, arch, read.converted.tensors)
         model = _create(plan, drop_path)
-        read, tensors = _filled_by_timm(read, model, arch), read.converted.tensors
+        converted = fill_by_timm(model, read.unwrapped, arch, what=str(read.path))
+        read, tensors = replace(read, converted=converted), read.converted.tensors
     else:
         _check_required(read)
         _check_numbers(read)
@@ -249,6 +252,15 @@ def _timm_reads_better(read: _Read, arch: str) -> bool:
     return bool(strangers) and strangers <= _shell(arch).state_dict().keys()
 
 
+def _is_whole(read: _Read) -> bool:
+    """Whether a file is what its keys show, to the last tensor."""
+    try:
+        _load(read, None, 0.0)
+    except ModelError:
+        return False
+    return True
+
+
 def _other_family(read: _Read, arch: str) -> ModelError:
     assert read.format is not None
     return ModelError(
@@ -283,26 +295,6 @@ def _plan_by_name(read: _Read, arch: str, tensors: Mapping[str, Tensor]) -> Plan
             size = read.format.plan(tensors, {}).image_size
         arguments["img_size"] = size
     return Plan(TimmBuild(architecture, arguments), size)
-
-
-def _filled_by_timm(read: _Read, model: nn.Module, arch: str) -> _Read:
-    """Load by timm's own conversion, and account for what it did."""
-    before = read.unwrapped.tensors
-    carry = family_filter(model)
-    try:
-        tensors = dict(before) if carry is None else carry(dict(before), model)
-    except Exception as error:  # the conversions expect their own family's keys
-        raise ModelError(
-            f"timm cannot read '{read.path}' as '{arch}' ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:100]})",
-            fix="is it a checkpoint of this very architecture?",
-        ) from None
-    load_exactly(model, tensors, what=str(read.path), strangers=read.unwrapped.strangers)
-    lost = [name for name in before if name not in tensors]
-    made = [name for name in tensors if name not in before]
-    gone = lost[len(made) :]  # renamed one for one, as far as names can tell
-    left_out = {"left out by timm's conversion": gone} if gone else {}
-    return replace(read, converted=Converted(dict(tensors), renamed=len(made), left_out=left_out))
 
 
 def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
