@@ -28,9 +28,10 @@ from featdistill.evaluation.classification import (
     calibration_error,
     score,
 )
-from featdistill.evaluation.features import extract, pool
+from featdistill.evaluation.features import extract
 from featdistill.evaluation.knn import knn
 from featdistill.models.backbone import Backbone, Origin, TimmBuild
+from featdistill.models.pooling import pool
 from featdistill.models.students import build_fresh
 
 K = 7

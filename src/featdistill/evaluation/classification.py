@@ -11,8 +11,9 @@ from torch import Tensor
 
 from featdistill.data.loader import Share, ordered_batches, plainly
 from featdistill.data.sources import Source
-from featdistill.data.views import EvalView
+from featdistill.data.views import EvalView, View
 from featdistill.models.backbone import Backbone
+from featdistill.models.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,39 @@ def accuracy_by_class(predictions: Tensor, labels: Tensor, classes: int) -> Tens
     return hits.double() / torch.bincount(labels, minlength=classes)
 
 
-@torch.no_grad()
+def judge(logits: Tensor, labels: Tensor) -> Tensor:
+    """What `summary` needs of each image, (n, 5) float64 on the CPU.
+
+    Args:
+        logits: (n, K), `labels` (n,).
+
+    Returns:
+        Columns: label, best guess, whether the label is among the best five, cross-entropy, and the
+        best guess's probability.
+    """
+    logits, labels = logits.float().cpu(), labels.cpu()
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    loss = F.cross_entropy(logits, labels, reduction="none").double()
+    confidence = logits.double().softmax(1).amax(1)
+    in_five = (best == labels[:, None]).any(1).double()
+    exact = torch.stack([labels.double(), best[:, 0].double()])
+    return torch.cat([exact, torch.stack([in_five, loss, confidence])]).T
+
+
+def summary(table: Tensor, *, classes: int) -> Scores:
+    """The scores of all images that `judge` saw, in their order."""
+    labels, predictions = table[:, 0].long(), table[:, 1].long()
+    return Scores(
+        top1=float((labels == predictions).double().mean()),
+        top5=float(table[:, 2].mean()),
+        loss=float(table[:, 3].mean()),
+        calibration_error=calibration_error(table[:, 4], labels == predictions),
+        by_class=accuracy_by_class(predictions, labels, classes),
+        predictions=predictions,
+        labels=labels,
+    )
+
+
 def score(
     classifier: Backbone,
     source: Source,
@@ -80,35 +113,48 @@ def score(
         share: this process among all; each scores its part.
         gather: concatenation over processes.
     """
-    training = classifier.training
-    classifier.eval()
-    device = classifier.mean.device
-    view = EvalView(classifier.image_size[0], crop)
+
+    def logits_of(images: Tensor) -> Tensor:
+        logits: Tensor | None = classifier(images).logits
+        assert logits is not None
+        return logits
+
+    with evaluating(classifier):
+        return score_logits(
+            logits_of,
+            source,
+            EvalView(classifier.image_size[0], crop),
+            device=classifier.mean.device,
+            classes=classifier.num_classes,
+            batch_size=batch_size,
+            workers=workers,
+            share=share,
+            gather=gather,
+        )
+
+
+@torch.no_grad()
+def score_logits(
+    logits_of: Callable[[Tensor], Tensor],
+    source: Source,
+    view: View,
+    *,
+    device: torch.device,
+    classes: int,
+    batch_size: int,
+    workers: int | None = None,
+    share: Share = Share(),  # noqa: B008 - immutable
+    gather: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Scores:
+    """Score whatever makes (B, K) logits of (B, 3, height, width) images in [0, 1]; see `score`."""
     rows = []
     loader = ordered_batches(source, view, batch_size=batch_size, workers=workers, share=share)
     for batch in plainly(loader):
         assert batch.labels is not None
-        logits = classifier(batch.to(device).as_float().images).logits
-        assert logits is not None
-        logits = logits.float().cpu()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        loss = F.cross_entropy(logits, batch.labels, reduction="none").double()
-        confidence = logits.double().softmax(1).amax(1)
-        in_five = (best == batch.labels[:, None]).any(1).double()
-        exact = torch.stack([batch.indices.double(), batch.labels.double(), best[:, 0].double()])
-        rows.append(torch.cat([exact, torch.stack([in_five, loss, confidence])]).T)
-    classifier.train(training)
+        logits = logits_of(batch.to(device).as_float().images)
+        rows.append(torch.cat([batch.indices.double()[:, None], judge(logits, batch.labels)], 1))
     table = gather(torch.cat(rows) if rows else torch.empty(0, 6, dtype=torch.float64))
     table = table[table[:, 0].argsort()]
     # none twice, none left out, whatever the processes
     assert torch.equal(table[:, 0], torch.arange(len(source), dtype=torch.float64))
-    labels, predictions = table[:, 1].long(), table[:, 2].long()
-    return Scores(
-        top1=float((labels == predictions).double().mean()),
-        top5=float(table[:, 3].mean()),
-        loss=float(table[:, 4].mean()),
-        calibration_error=calibration_error(table[:, 5], labels == predictions),
-        by_class=accuracy_by_class(predictions, labels, classifier.num_classes),
-        predictions=predictions,
-        labels=labels,
-    )
+    return summary(table[:, 1:], classes=classes)

@@ -19,8 +19,9 @@ from featdistill.data.loader import ordered_batches, plainly
 from featdistill.data.sources import Source
 from featdistill.data.views import EvalView
 from featdistill.models.backbone import Backbone
+from featdistill.models.modes import evaluating
+from featdistill.models.pooling import PoolName, pool
 
-PoolName = Literal["mean", "cls", "model"]
 WhatName = Literal["pooled", "mean", "map", "prefix", "logits"]
 
 # (dimensions of one image's tensor, what it is), for records
@@ -34,37 +35,20 @@ MEANINGS: dict[WhatName, tuple[str, str]] = {
 _OF_LAYERS: tuple[WhatName, ...] = ("mean", "map", "prefix")
 
 
-def pool(features: Features, how: PoolName) -> Tensor:
-    """Features as one vector an image: mean of the map (B, C), CLS (B, C), or the model's own."""
-    match how:
-        case "mean":
-            return _take(features, "mean", None)
-        case "cls":
-            if "cls" not in features.prefix_names:
-                raise ModelError("the model has no CLS token to pool", fix="use --pool mean")
-            return features.prefix[:, features.prefix_names.index("cls")]
-        case "model":
-            return features.pooled
-
-
 @torch.no_grad()
 def features_of(
     backbone: Backbone, batches: Iterable[Batch], layers: Sequence[int] = ()
 ) -> Iterator[tuple[Batch, Features]]:
-    """Each batch with its features, on the backbone's device; afterwards its mode is as it was.
+    """Each batch with its features, on the backbone's device; afterwards every mode is as it was.
 
     Args:
         batches: of uint8 images, on the CPU.
         layers: indices of intermediate layers to return too.
     """
-    training = backbone.training
-    backbone.eval()
     device = backbone.mean.device
-    try:
+    with evaluating(backbone):
         for batch in batches:
             yield batch, backbone(batch.to(device).as_float().images, layers)
-    finally:
-        backbone.train(training)
 
 
 def extract(

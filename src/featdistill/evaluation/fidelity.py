@@ -5,20 +5,21 @@ B batch, N tokens, D target channels; n images in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.loader import Share, listed_batches, plainly
 from featdistill.data.sources import Source
 from featdistill.data.views import View
-from featdistill.evaluation.features import pool
 from featdistill.evaluation.rank import Moments, effective_rank
+from featdistill.models.modes import evaluating
+from featdistill.models.pooling import pool
 from featdistill.objectives.distillation import FeatureDistillation
 
 
@@ -89,21 +90,13 @@ class ExplainedVariance:
 @contextmanager
 def undisturbed(objective: FeatureDistillation) -> Iterator[None]:
     """Evaluation mode, no drop path on either side; then every mode and generator as it was."""
-    modes = {module: module.training for module in objective.modules()}
     always = objective.teacher.slot.always
-    with seeded_globals("fidelity"), torch.no_grad():
+    with seeded_globals("fidelity"), torch.no_grad(), evaluating(objective):
         try:
-            objective.eval()
             objective.teacher.slot.always = False
             yield
         finally:
             objective.teacher.slot.always = always
-            _restore(modes)
-
-
-def _restore(modes: Mapping[nn.Module, bool]) -> None:
-    for module, training in modes.items():
-        module.training = training
 
 
 def fidelity(

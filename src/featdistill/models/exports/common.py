@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError, RunError
 from featdistill.models.backbone import Backbone
+from featdistill.models.modes import evaluating
 
 # Names of a model's outputs (`map`, `prefix`, `pooled`, `logits`) and their values
 Outputs = dict[str, Tensor]
@@ -132,14 +133,12 @@ def replacing(folder: Path) -> Iterator[Path]:
 @contextmanager
 def settled(backbone: Backbone) -> Iterator[Backbone]:
     """The backbone on the CPU and in evaluation mode, for a while."""
-    modes = {name: module.training for name, module in backbone.named_modules()}
     device = backbone.mean.device
-    try:
-        yield backbone.eval().to("cpu")
-    finally:
-        for name, module in backbone.named_modules():
-            module.training = modes[name]
-        backbone.to(device)
+    with evaluating(backbone):
+        try:
+            yield backbone.to("cpu")
+        finally:
+            backbone.to(device)
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
