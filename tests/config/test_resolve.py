@@ -33,6 +33,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "finetune": {"model": "a", "data": "digits", "out": "o"},
     "knn": {"model": ["a", "b"], "data": "digits"},
     "predict": {"model": "a", "data": "digits"},
+    "probe": {"model": ["a"], "data": "digits", "out": "o"},
     "features": {"model": "a", "data": "digits", "out": "o"},
     "pretrain": {"data": "digits", "out": "o"},
     "export": {"model": "a", "out": "o"},

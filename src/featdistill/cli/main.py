@@ -15,6 +15,7 @@ SUMMARIES = (
     ("distill", "teach a fresh student the whitened features of a frozen teacher"),
     ("compare", "teacher, student and a fresh model under one recipe: which is better?"),
     ("finetune", "fine-tune a backbone for classification"),
+    ("probe", "train linear classifiers on frozen features, and choose among a grid of them"),
     ("knn", "classify by nearest neighbours in frozen features"),
     ("predict", "classify images with a fine-tuned model"),
     ("features", "write the features of images to safetensors or parquet"),

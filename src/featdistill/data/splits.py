@@ -12,14 +12,7 @@ from featdistill.data.sources import Source, Subset, labelled
 
 def split(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
     """Hold out a share of a source, of each class where it has labels; (rest, held out)."""
-    order = generator(seed, "split").permutation(len(source))
-    groups = (
-        [order]
-        if source.labels is None
-        else [order[source.labels[order] == c] for c in np.unique(source.labels)]
-    )
-    held = np.sort(np.concatenate([g[: round(fraction * len(g))] for g in groups]))
-    rest = np.setdiff1d(np.arange(len(source)), held)
+    rest, held = split_places(len(source), source.labels, fraction, seed)
     if not len(held) or not len(rest):
         raise DataError(
             f"a share of {fraction} of the {len(source)} images of '{source.name}' leaves a part "
@@ -27,6 +20,16 @@ def split(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
             fix="change --val-fraction, or give --val-data",
         )
     return Subset(source, rest), Subset(source, held)
+
+
+def split_places(
+    count: int, labels: np.ndarray | None, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The places of images, less a share of each class, and that share; either may be empty."""
+    order = generator(seed, "split").permutation(count)
+    groups = [order] if labels is None else [order[labels[order] == c] for c in np.unique(labels)]
+    held = np.sort(np.concatenate([g[: round(fraction * len(g))] for g in groups]))
+    return np.setdiff1d(np.arange(count), held), held
 
 
 def label_budget(source: Source, budget: str, seed: int) -> Subset:

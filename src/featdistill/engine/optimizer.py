@@ -1,4 +1,4 @@
-"""AdamW and its parameter groups: what decays, and how fast each layer learns."""
+"""AdamW, SGD and LARS, and their parameter groups: what decays, and how fast each layer learns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from featdistill.engine.schedule import Schedule
 
@@ -152,3 +152,58 @@ def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -
     """Set the learning rate of each group for a step."""
     for group in optimizer.param_groups:
         group["lr"] = schedule.rate(step, scale=group["lr_scale"])
+
+
+def sgd(groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
+    """Fused SGD with momentum; its rates are set by the loop at every step."""
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD whose rate is scaled by weight norm over gradient norm (You et al. 2017).
+
+    1-d parameters are not scaled, as in MoCo v3 and MAE. Where `found_inf` is 1 nothing moves, as
+    in torch's fused optimisers; timm's `Lars` does not know it.
+
+    Args:
+        groups: from `parameter_groups`; rates are set by the loop at every step.
+        trust: the scale's coefficient.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self, groups: list[dict[str, Any]], *, momentum: float, trust: float = 1e-3
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self._momentum, self._trust = momentum, trust
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step, unless `found_inf` is 1; decided without asking the device."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group["lr"], group["weight_decay"])
+
+    def _move(self, parameter: Tensor, lr: float, weight_decay: float) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        slope = parameter.grad
+        assert slope is not None
+        slope = slope.add(parameter, alpha=weight_decay)
+        if parameter.ndim > 1:
+            size, steepness = parameter.norm(), slope.norm()
+            usable = (size > 0) & (steepness > 0)
+            slope = slope * torch.where(usable, self._trust * size / steepness, 1.0)
+        before = state["momentum_buffer"]
+        after = self._momentum * before + slope
+        if self.found_inf is None:
+            before.copy_(after)
+            parameter.sub_(after, alpha=lr)
+            return
+        good = self.found_inf.to(parameter.device) == 0
+        before.copy_(torch.where(good, after, before))
+        parameter.copy_(torch.where(good, parameter - lr * after, parameter))

@@ -328,6 +328,12 @@ def find_export(folder: Path) -> Path:
             f"'{folder}' is a segmenter, not a backbone",
             fix="use it with featdistill segment --predict, or name the backbone it began from",
         )
+    if (folder / "probe.json").is_file() or (folder.parent / "probe.json").is_file():
+        raise RunError(
+            f"the probe in '{folder}' has no export: it is of several models, or plain timm has "
+            "no classifier that pools so",
+            fix="give the folder of one of its models, or probe with --pool mean, cls or model",
+        )
     if (folder / "config.yaml").is_file():
         raise RunError(
             f"the run in '{folder}' has no export yet",

@@ -13,6 +13,7 @@ _HOMES = {
     "distill": "distill",
     "compare": "compare",
     "finetune": "finetune",
+    "probe": "probe",
     "knn": "knn",
     "predict": "predict",
     "features": "features",

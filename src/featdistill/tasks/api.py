@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from featdistill.tasks.landscape import LandscapeResult
     from featdistill.tasks.predict import PredictResult
     from featdistill.tasks.pretrain import PretrainResult
+    from featdistill.tasks.probe import ProbeResult
     from featdistill.tasks.quickstart import QuickstartResult
     from featdistill.tasks.segment import SegmentResult
     from featdistill.tasks.segment_predict import SegmentPredictResult
@@ -62,6 +63,15 @@ def finetune(**options: Any) -> FinetuneResult:
 def pretrain(**options: Any) -> PretrainResult:
     """Make a contrastive teacher; wants `data` and `out`."""
     return _call("pretrain", options)
+
+
+def probe(**options: Any) -> ProbeResult:
+    """Linear probes of frozen features; wants `model` (one or a list), `data` and `out`."""
+    for name in ("model", "name", "weights"):
+        given = options.get(name)
+        if given is not None:
+            options[name] = list(map(str, [given] if isinstance(given, str | Path) else given))
+    return _call("probe", options)
 
 
 def knn(**options: Any) -> KnnResult:

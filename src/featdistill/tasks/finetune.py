@@ -80,14 +80,17 @@ class Tuned:
 
 
 def check_labels(
-    data: Data, *, budget: str | None, seed: int
+    data: Data, *, budget: str | None, seed: int, what: str = "fine-tuning"
 ) -> tuple[Source, Source, tuple[str, ...]]:
     """The labelled training part within its budget, the held-out part, and the class names.
+
+    Args:
+        what: what wants the labels, for messages.
 
     Raises:
         DataError: no labels, nothing held out, or classes that differ.
     """
-    labels = labelled(data.train, "fine-tuning")
+    labels = labelled(data.train, what)
     held = data.held_out
     if held is None:
         raise DataError(

@@ -85,7 +85,7 @@ def run(config: KnnCommandConfig) -> KnnResult:
         check_out(config.run.out, resume=False)
     limit_threads()
     data = data_of(config.data, config.run.seed)
-    train, held, _ = check_labels(data, budget=config.data.labels, seed=config.run.seed)
+    train, held, _ = check_labels(data, budget=config.data.labels, seed=config.run.seed, what="kNN")
     device = pick_device(config.run.device)
     weights = config.weights * (len(config.models) if len(config.weights) == 1 else 1)
     models = [

@@ -119,7 +119,8 @@ def _kept(model: Before) -> Story | None:
     if place is None:
         return None
     try:
-        kept = read_json(place[0] / _STORY)
+        beside = place[0] / _STORY
+        kept = read_json(beside if beside.is_file() else place[0] / "export" / _STORY)
         if place[1] not in kept["weights"]:
             return None
         return Story(dict(kept["made"]), tuple(kept["results"]), dict(kept["licences"]))

@@ -24,6 +24,7 @@ from featdistill.config.commands.evaluation import (
     KnnCommandConfig,
     PredictConfig,
 )
+from featdistill.config.commands.probing import ProbeCommandConfig
 from featdistill.config.commands.segmentation import SegmentConfig
 from featdistill.config.commands.training import (
     FinetuneConfig,
@@ -44,6 +45,7 @@ COMMANDS: dict[str, type[Command]] = {
     "distill": DistillConfig,
     "compare": CompareConfig,
     "finetune": FinetuneConfig,
+    "probe": ProbeCommandConfig,
     "knn": KnnCommandConfig,
     "predict": PredictConfig,
     "features": FeaturesConfig,
@@ -82,6 +84,7 @@ __all__ = [
     "ModelsConfig",
     "PredictConfig",
     "PretrainConfig",
+    "ProbeCommandConfig",
     "QuickstartConfig",
     "RecipesConfig",
     "ReportConfig",
