@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from statistics import mean
 from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from featdistill.core.errors import ModelError
 from featdistill.core.types import Features
@@ -65,14 +68,37 @@ def test_knn_is_scikit_learns(
     assert got.top1[k] == pytest.approx(float((predicted == truth).double().mean()), abs=0)
 
 
-@given(chunk=st.integers(1, 700))
+@given(chunk=st.integers(20, 700), block=st.integers(40, 1300))
 @settings(deadline=None, max_examples=10)
-def test_knn_does_not_see_the_chunk(
-    digits: tuple[Tensor, Tensor, Tensor, Tensor], chunk: int
+def test_knn_does_not_see_chunk_and_block(
+    digits: tuple[Tensor, Tensor, Tensor, Tensor], chunk: int, block: int
 ) -> None:
     whole = knn(*digits, ks=[1, 10])
-    parts = knn(*digits, ks=[1, 10], chunk=chunk)
+    parts = knn(*digits, ks=[1, 10], chunk=chunk, block=block)
     assert all(torch.equal(parts.correct[k], whole.correct[k]) for k in (1, 10))
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.elements = max([self.elements, *made])
+        return out
+
+
+def test_knn_never_holds_all_pairs() -> None:
+    rng = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 4, generator=rng) for n in (3000, 700))
+    labels, truth = torch.arange(3000) % 7, torch.arange(700) % 7
+    with Largest() as largest:
+        got = knn(bank, labels, queries, truth, ks=[1, 20], chunk=50, block=400)
+    assert largest.elements == 50 * 400
+    whole = knn(bank, labels, queries, truth, ks=[1, 20], chunk=700, block=3000)
+    assert all(torch.equal(got.correct[k], whole.correct[k]) for k in (1, 20))
 
 
 def test_knn_of_several_k_is_that_of_each(digits: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:

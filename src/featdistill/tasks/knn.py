@@ -68,6 +68,7 @@ def knn_of(
         torch.from_numpy(labelled(held, "kNN")),
         ks=config.k,
         temperature=config.temperature,
+        device=backbone.mean.device,
     )
     return scores.top1
 

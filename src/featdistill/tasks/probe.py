@@ -29,6 +29,7 @@ from featdistill.models.exports.card import Story, public_name
 from featdistill.models.pooling import vector_of
 from featdistill.models.probed import probed_classifier
 from featdistill.models.weights import tensors_hash
+from featdistill.report.tables import of_seeds
 from featdistill.tasks.common import data_of, model_of, plain, runtime_of
 from featdistill.tasks.finetune import check_labels
 from featdistill.tasks.finetune_record import by_class
@@ -288,7 +289,8 @@ def _probe(
     backbone.cpu()
     top1 = found.spread("top1")
     spread = "" if top1["std"] is None else f" +- {top1['std']:.2%}"
-    say(f"{subject.name}: top-1 {top1['mean']:.2%}{spread} over {top1['n']} seeds")
+    seeds = of_seeds(top1["n"])
+    say(f"{subject.name}: top-1 {top1['mean']:.2%}{spread} over {seeds}")
     return found
 
 
@@ -385,14 +387,16 @@ def _say_end(
 
 
 def _table(results: Mapping[str, Any]) -> Table:
+    rates = any(run["lr"] is not None for row in results["models"] for run in row["runs"])
+    chosen = {**({"lr": "learning rate"} if rates else {}), "weight_decay": "weight decay"}
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for name in ("top-1", "top-5", "calibration error", "learning rate", "weight decay"):
+    for name in ("top-1", "top-5", "calibration error", *chosen.values()):
         table.add_column(name, justify="right")
     for row in results["models"]:
         scores = [_spread(row[name]) for name in ("top1", "top5", "calibration_error")]
-        chosen = [_several([run[name] for run in row["runs"]]) for name in ("lr", "weight_decay")]
-        table.add_row(Text(row["name"]), *scores, *chosen)
+        settings = [_range([run[name] for run in row["runs"]]) for name in chosen]
+        table.add_row(Text(row["name"]), *scores, *settings)
     return table
 
 
@@ -401,7 +405,7 @@ def _spread(found: Mapping[str, Any]) -> str:
     return f"{mean}%" if found["std"] is None else f"{mean} ± {100 * found['std']:.2f}%"
 
 
-def _several(values: list[float | None]) -> str:
-    """What the seeds chose: `10`, or `3 10 10` by seed."""
-    texts = ["\N{EN DASH}" if value is None else f"{value:g}" for value in values]
-    return texts[0] if len(set(texts)) == 1 else " ".join(texts)
+def _range(values: list[float]) -> str:
+    """What the seeds chose: `10`, or `3 to 10`."""
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
