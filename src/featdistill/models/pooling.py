@@ -52,12 +52,13 @@ class Piece:
     Attributes:
         layer: an intermediate layer, counted from 0; None: the model's output.
         how: what of it.
-        normed: each token first goes through a layer norm without scale and shift.
+        eps: of the layer norm without scale and shift that each token first goes through; None:
+            it goes through none.
     """
 
     layer: int | None
     how: PoolName
-    normed: bool = False
+    eps: float | None = None
 
     def of(self, features: Features) -> Tensor:
         """(B, C), or (B, 2 C)."""
@@ -65,9 +66,10 @@ class Piece:
             return pool(features, self.how)
         found = features.layers[self.layer]
         map_, prefix = found.map, found.prefix
-        if self.normed:
-            map_ = F.layer_norm(map_.movedim(1, -1), map_.shape[1:2]).movedim(-1, 1)
-            prefix = F.layer_norm(prefix, prefix.shape[-1:])
+        if self.eps is not None:
+            shape = prefix.shape[-1:]
+            map_ = F.layer_norm(map_.movedim(1, -1), shape, eps=self.eps).movedim(-1, 1)
+            prefix = F.layer_norm(prefix, shape, eps=self.eps)
         return _pool(map_, prefix, features.prefix_names, self.how)
 
 
@@ -122,11 +124,12 @@ def vector_of(backbone: Backbone, how: PoolName, layers: int = 1) -> Vector:
             fix="use --pool mean, cls or both",
         )
     earlier: PoolName = "mean" if how == "mean" else "cls"
-    normed = _ends_in_layer_norm(backbone)
-    before = (Piece(i, earlier, normed) for i in range(count - layers, count - 1))
+    eps = _final_eps(backbone)
+    before = (Piece(i, earlier, eps) for i in range(count - layers, count - 1))
     return Vector((*before, last))
 
 
-def _ends_in_layer_norm(backbone: Backbone) -> bool:
+def _final_eps(backbone: Backbone) -> float | None:
+    """Epsilon of the layer norm in which the model ends, if it does."""
     norms = (backbone.layout.head_norm, getattr(backbone.model, "norm", None))
-    return any(isinstance(norm, nn.LayerNorm) for norm in norms)
+    return next((float(norm.eps) for norm in norms if isinstance(norm, nn.LayerNorm)), None)

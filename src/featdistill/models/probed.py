@@ -48,9 +48,10 @@ def probed_classifier(
     with settled(backbone):
         images = probe_images(backbone, _IMAGES)
         wanted = pool(backbone(images), how) @ weight.T + bias
+        head = _unprojected(backbone, weight, bias) if how == "model" else (weight, bias)
         for build, state in _candidates(backbone, how, len(bias)):
             try:
-                found = _assembled(backbone, build, state, weight, bias, class_names)
+                found = _assembled(backbone, build, state, head, class_names)
             except ModelError:  # timm has no such arguments, or other tensors
                 continue
             logits = None if found is None else found(images).logits
@@ -83,28 +84,31 @@ def _candidates(
     yield TimmBuild(build.architecture, arguments), state
 
 
+def _unprojected(backbone: Backbone, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer with CLIP's projection, a linear layer before it, taken into it."""
+    if not backbone.projection:
+        return weight, bias
+    before = backbone.model.get_classifier()
+    if before.bias is not None:
+        bias = bias + weight @ before.bias
+    return weight @ before.weight, bias
+
+
 def _assembled(
     backbone: Backbone,
     build: TimmBuild,
     state: dict[str, Tensor],
-    weight: Tensor,
-    bias: Tensor,
+    head: tuple[Tensor, Tensor],
     class_names: tuple[str, ...],
 ) -> Backbone | None:
     new: Any = create(
         build.architecture, **build.arguments, **drop_path_argument(build.architecture, 0.0)
     )
-    head = new.get_classifier()
-    if not isinstance(head, nn.Linear) or head.bias is None:
+    weight, bias = head
+    last = new.get_classifier()
+    if not isinstance(last, nn.Linear) or last.bias is None or last.weight.shape != weight.shape:
         return None
-    if backbone.projection:  # CLIP's: a linear layer before this one
-        before = backbone.model.get_classifier()
-        if before.bias is not None:
-            bias = bias + weight @ before.bias
-        weight = weight @ before.weight
-    if head.weight.shape != weight.shape:
-        return None
-    prefix = next(name for name, module in new.named_modules() if module is head) + "."
+    prefix = next(name for name, module in new.named_modules() if module is last) + "."
     body = {name: value for name, value in state.items() if not name.startswith(prefix)}
     body |= {f"{prefix}weight": weight, f"{prefix}bias": bias}
     load_exactly(new, body, what=backbone.origin.spec)
