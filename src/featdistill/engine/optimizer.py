@@ -193,11 +193,12 @@ class Lars(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         slope = parameter.grad
         assert slope is not None
+        steepness, size = slope.norm(), parameter.norm()
         slope = slope.add(parameter, alpha=weight_decay)
         if parameter.ndim > 1:
-            size, steepness = parameter.norm(), slope.norm()
+            whole = steepness + weight_decay * size
             usable = (size > 0) & (steepness > 0)
-            slope = slope * torch.where(usable, self._trust * size / steepness, 1.0)
+            slope = slope * torch.where(usable, self._trust * size / whole, 1.0)
         before = state["momentum_buffer"]
         after = self._momentum * before + slope
         if self.found_inf is None:
