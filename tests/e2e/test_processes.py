@@ -166,3 +166,21 @@ def test_two_processes_segment_as_one(tmp_path: Path) -> None:
     whole, shared = (np.load(out / "segment.npz") for out in (one, again))
     for name in ("counts", "confusion"):
         assert np.array_equal(whole[name], shared[name]), name
+
+
+def test_two_processes_probe_as_one(tmp_path: Path) -> None:
+    """The batch norm before the head is of the whole batch, whoever holds which part."""
+    words = (
+        *("probe", "--model", "timm/resnet18", "--weights", "random", "--data", "digits"),
+        *("--image-size", "32", "--batch-size", "32", "--steps", "6", "--style", "online"),
+        *("--lr", "0.5", "--seeds", "1", "--workers", "0"),
+        *("--device", "cpu", "--run.tensorboard", "false"),
+    )
+    found = []
+    for name, more in (("one", ()), ("two", ("--run.devices", "2"))):
+        featdistill(*words, "--out", str(tmp_path / name), *more)
+        found.append(np.load(tmp_path / name / "seed-1/probe-fit.npz"))
+    one, two = found
+    assert np.abs(one["weight"] - two["weight"]).max() < 1e-3 * np.abs(one["weight"]).max()
+    assert len(two["predictions"]) == 599
+    assert (one["predictions"] == two["predictions"]).mean() > 0.99
