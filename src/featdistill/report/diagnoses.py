@@ -11,6 +11,7 @@ from featdistill.report import attention_figures, feature_figures, landscape_fig
 from featdistill.report.folders import Found
 from featdistill.report.gallery import Gallery, Section
 from featdistill.report.landscape_section import landscape
+from featdistill.report.probes import probe
 from featdistill.report.segmentation_section import segmentation
 from featdistill.report.words import images_of
 
@@ -181,6 +182,7 @@ def _per_model(
 
 
 _READ |= {
+    "probe": probe,
     "diagnose-attention": _attention,
     "diagnose-features": _features,
     "landscape": landscape,

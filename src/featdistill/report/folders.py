@@ -22,7 +22,7 @@ _CURVES = {
     "finetune": {"loss": "loss", "top-1 on held-out images": "val_top1"},
     "segment": {"loss": "main_loss", "mIoU on held-out images": "val_miou"},
 }
-DIAGNOSES = ("diagnose-attention", "diagnose-features", "landscape", "curvature")
+DIAGNOSES = ("probe", "diagnose-attention", "diagnose-features", "landscape", "curvature")
 
 
 @dataclass(frozen=True)

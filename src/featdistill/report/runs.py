@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from featdistill.report import figures, tables
+from featdistill.report import figures, probes, tables
 from featdistill.report.comparison import Making
 from featdistill.report.folders import Found, Material
 from featdistill.report.gallery import Gallery, Shown
@@ -21,6 +21,7 @@ _TITLES = {
     "distill": "Distillation",
     "finetune": "Fine-tuning",
     "segment": "Segmentation",
+    "probe": "Linear probe",
     "diagnose-attention": "Attention",
     "diagnose-features": "Features",
     "landscape": "Landscape",
@@ -76,6 +77,9 @@ def verdict(material: Material) -> str:
             f"{what[0].upper()}{what[1:]} went to the end; whether the model got better, "
             "`featdistill compare` can say."
         )
+    probed = [one for one in material.diagnoses if one.kind == "probe"]
+    if probed:
+        return probes.verdict(probed)
     models = dict.fromkeys(
         model["name"] for one in material.diagnoses for model in one.results.get("models", ())
     )

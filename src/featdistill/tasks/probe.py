@@ -358,6 +358,7 @@ def _results(
             "labels": config.data.labels,
             "labelled_images": probes[0].runs[0].facts["labels"],
             "test_images": len(held),
+            "test_name": held.name,
             "classes": len(train.classes or ()),
         },
         "style": config.probe.style,
