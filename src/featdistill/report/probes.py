@@ -108,15 +108,16 @@ def choice(results: Results) -> Figure | None:
             [at[decay] for decay in decays],
             values,
             color=look.colour,
-            marker="o",
+            marker=look.marker,
+            linestyle=look.dashes,
             markersize=4,
             label=str(model["name"]),
         )
     axis.set_xscale("log")
-    if decays[0] == 0:
-        shown = [decays[0], *positive[:: max(1, len(positive) // 4)]]
-        axis.set_xticks([at[d] for d in shown], [tables.rate(d) for d in shown])
-        axis.minorticks_off()
+    whole = [decay for decay in positive if f"{decay:e}".startswith("1.000000e")] or positive
+    ticks = [*whole[:: -(-len(whole) // 6)], *(decay for decay in decays if decay == 0)]
+    axis.set_xticks([at[decay] for decay in ticks], [tables.rate(decay) for decay in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("weight decay (log)")
     axis.legend(frameon=False, fontsize=8.5)
     plotstyle.title(axis, "Top-1 on held-out training labels, %")
