@@ -134,5 +134,5 @@ def verdict(probes: Sequence[Found]) -> str:
     said = [f"{name} {tables.percent(top1['mean'], top1['std'])}" for name, top1 in rows]
     return (
         f"Linear probes of frozen features: {listed(said)} top-1; how well the models fine-tune, "
-        "`featdistill compare` can say."
+        "a comparison can say (featdistill compare)."
     )

@@ -68,14 +68,14 @@ def verdict(material: Material) -> str:
         return (
             f"{run.name} classifies {tables.percent(run.results['top1'])} of "
             f"{_held(run):,} held-out images rightly; whether that is better than another model, "
-            "`featdistill compare` can say."
+            "a comparison can say (featdistill compare)."
         )
     trained = [run for run in material.runs if run.kind == "distill"] or list(material.runs)
     if trained:
         what = listed([f"{_TITLES[run.kind].lower()} {run.name}" for run in trained])
         return (
             f"{what[0].upper()}{what[1:]} went to the end; whether the model got better, "
-            "`featdistill compare` can say."
+            "a comparison can say (featdistill compare)."
         )
     probed = [one for one in material.diagnoses if one.kind == "probe"]
     if probed:
