@@ -377,3 +377,49 @@ def test_a_segmenter_is_no_backbone(
     (run / "segment.json").write_text("{}")
     words = ["finetune", "--model", str(run), "--data", "digits", *out]
     fails(capsys, *words, says=("is a segmenter", "--predict"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--data", "digit"), ("did you mean 'digits'",)),
+        (("--data", "digits", "--pool", "meen"), ("did you mean 'mean'",)),
+        (("--data", "digits", "--pool", "cls"), ("no CLS token", "--pool mean")),
+        (("--data", "digits", "--layers", "9"), ("--layers 9", "has 5")),
+        (("--data", "digits", "--solver", "lbfg"), ("did you mean 'lbfgs'",)),
+        (("--data", "digits", "--weight-decays", "0,1e-3"), ("--solver sgd", "no minimum")),
+        (("--data", "digits", "--lr", "0.1", "--epochs", "3"), ("--style online", "--epochs")),
+        (("--data", "digits", "--labels", "1"), ("leaves none to choose", "--labels")),
+        (("--data", "digits", "--labels", "500"), ("with fewer", "smaller --labels")),
+        (("--data", "digits", "--seeds", "1,1"), ("seeds must differ",)),
+        (
+            ("--data", "digits", "--style", "online", "--batch-size", "5000"),
+            ("batch of 5000 is larger", "--batch-size 1198"),
+        ),
+    ],
+    ids=str,
+)
+def test_probe(
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    words: tuple[str, ...],
+    says: tuple[str, ...],
+) -> None:
+    model = ("--model", "timm/resnet18", "--weights", "random", "--image-size", "32")
+    fails(capsys, "probe", *model, *words, *out, says=says)
+    assert not Path(out[1]).exists()
+
+
+@pytest.mark.parametrize("command", ["probe", "knn"])
+def test_a_probe_wants_labels_and_their_classes(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path, command: str
+) -> None:
+    model = ("--model", "timm/resnet18", "--weights", "random")
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat/a.png")
+    flat = ("--data", str(tmp_path / "flat"))
+    fails(capsys, command, *model, *flat, *out, says=("has no labels", "class subfolders"))
+    words = class_folders(tmp_path / "data", train=("ant", "bee"), val=("ant", "bee", "cat"))
+    data = words[words.index("--data") :][:2]
+    fails(capsys, command, *model, *data, *out, says=("cat",))
+    assert not Path(out[1]).exists()

@@ -187,7 +187,7 @@ def _solver_problems(config: ProbeCommandConfig) -> list[str]:
         problems.append("--lrs is for --solver sgd; lbfgs finds the minimum, whatever the rate")
     if grid.steps is not None:
         problems.append("--probe.grid.steps is for --solver sgd; lbfgs ends at the minimum")
-    if grid.weight_decays is not None and min(grid.weight_decays) <= 0:
+    if grid.weight_decays and min(grid.weight_decays) <= 0:
         problems.append(
             "--weight-decays 0 is for --solver sgd; without a decay, classes that can be parted "
             "have no minimum"

@@ -83,7 +83,7 @@ def settings_of(grid: GridConfig) -> list[Setting]:
     if grid.solver == "lbfgs":
         return [Setting(None, decay) for decay in dict.fromkeys(grid.weight_decays or _DECAYS)]
     rates = dict.fromkeys(grid.lrs or _SGD_RATES)
-    decays = dict.fromkeys(_SGD_DECAYS if grid.weight_decays is None else grid.weight_decays)
+    decays = dict.fromkeys(grid.weight_decays or _SGD_DECAYS)
     return [Setting(lr, decay) for lr in rates for decay in decays]
 
 

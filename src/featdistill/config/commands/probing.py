@@ -38,13 +38,11 @@ class GridConfig(Section):
     )
     weight_decays: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         None,
-        min_length=1,
         description="weight decays to choose from; by default 1e-8 to 1e-2 in half decades "
         "(sgd: 0, 1e-7, 1e-6, 1e-5, 1e-4)",
     )
     lrs: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
         None,
-        min_length=1,
         description="learning rates of sgd to choose from; by default 0.03,0.1,0.3,1,3,10",
     )
     steps: Positive | None = Field(
