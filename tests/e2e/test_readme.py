@@ -38,6 +38,7 @@ EXTRA = {
     "finetune": SHORT,
     "pretrain": [*SHORT, "--model.depth", "1"],
     "knn": SMALL,
+    "probe": [*SMALL, "--seeds", "1"],
     "predict": SMALL,
     "features": SMALL,
     "segment": [*SHORT, "--head.layers", "0,0,0,0", "--head.channels", "8"],
