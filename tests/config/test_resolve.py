@@ -227,8 +227,13 @@ def test_a_file_replaces_the_recipes_length(recipe: dict[str, Any], file: Path) 
 def test_one_value_of_a_section_leaves_its_other_defaults(command: str) -> None:
     """Whatever else is given, what `--help` calls the default of an option is its default."""
     schema = COMMANDS[command]
-    touched = {"optimizer.clip": 1.0, "schedule.final_ratio": 0.5, "run.log_every": 3}
-    touched |= {path: 2 for path in ("student.depth", "model.depth") if path in leaves(schema)}
+    touched: dict[str, Any] = {
+        "optimizer.clip": 1.0,
+        "schedule.final_ratio": 0.5,
+        "run.log_every": 3,
+    }
+    touched |= {"student.depth": 2, "model.depth": 2, "probe.grid.refit": False}
+    touched = {path: value for path, value in touched.items() if path in leaves(schema)}
     given = {path_of(schema, name) for name in (*REQUIRED[command], *touched)}
     config = _flat(resolve(command, {**REQUIRED[command], **touched}).model_dump())
     wrong = {

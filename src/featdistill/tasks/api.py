@@ -67,18 +67,12 @@ def pretrain(**options: Any) -> PretrainResult:
 
 def probe(**options: Any) -> ProbeResult:
     """Linear probes of frozen features; wants `model` (one or a list), `data` and `out`."""
-    for name in ("model", "name", "weights"):
-        given = options.get(name)
-        if given is not None:
-            options[name] = list(map(str, [given] if isinstance(given, str | Path) else given))
-    return _call("probe", options)
+    return _call("probe", _lists(options))
 
 
 def knn(**options: Any) -> KnnResult:
     """Nearest-neighbour scores; wants `model` (one or a list) and `data`."""
-    if isinstance(options.get("model"), str):
-        options["model"] = [options["model"]]
-    return _call("knn", options)
+    return _call("knn", _lists(options))
 
 
 def predict(**options: Any) -> PredictResult:

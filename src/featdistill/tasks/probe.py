@@ -15,11 +15,8 @@ from rich.text import Text
 
 from featdistill.config.commands import ProbeCommandConfig
 from featdistill.config.sections import ModelConfig
-from featdistill.core.errors import ConfigError
 from featdistill.core.records import write_record
 from featdistill.data.sources import Source
-from featdistill.data.splits import label_budget
-from featdistill.engine.loop import check_batch
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime, limit_threads, pick_device
 from featdistill.engine.tracking import console, duration, say
@@ -33,8 +30,9 @@ from featdistill.report.tables import of_seeds
 from featdistill.tasks.common import data_of, model_of, plain, runtime_of
 from featdistill.tasks.finetune import check_labels
 from featdistill.tasks.finetune_record import by_class
-from featdistill.tasks.probe_grid import labels_of, probe_of, settings_of
-from featdistill.tasks.probe_online import probe_online, schedule_for
+from featdistill.tasks.probe_checks import check_options, check_sizes
+from featdistill.tasks.probe_grid import probe_of, settings_of
+from featdistill.tasks.probe_online import probe_online
 from featdistill.tasks.probe_record import ModelProbe, arrays_of
 from featdistill.tasks.provenance import keep_story, licences_of, origin_record
 
@@ -72,11 +70,11 @@ class _Subject:
 def run(config: ProbeCommandConfig) -> ProbeResult:
     """Probe each model."""
     began = time.monotonic()
-    names = _check(config)
+    names = check_options(config)
     check_out(config.run.out, resume=config.run.resume)
     data = data_of(config.data, config.run.seed)
     train, held, classes = check_labels(data, budget=None, seed=config.run.seed, what="a probe")
-    _check_sizes(config, train)
+    check_sizes(config, train)
     online = config.probe.style == "online"
     runtime = runtime_of(config.run) if online else None
     if runtime is None:
@@ -128,84 +126,6 @@ def _result(
     top1 = {row["name"]: row["top1"]["mean"] for row in results["models"]}
     places = {one.name: exports.get(one.name) for one in subjects}
     return ProbeResult(folder, results, top1, places, folder / "probe.json")
-
-
-def _check(config: ProbeCommandConfig) -> list[str]:
-    """The models' names; every option that does not go with the others is said."""
-    count, online = len(config.models), config.probe.style == "online"
-    problems = []
-    if len(config.weights) not in (1, count):
-        problems.append(
-            f"--weights given {len(config.weights)} times for {count} models; expected once, or "
-            "once for each"
-        )
-    if config.names and len(config.names) != count:
-        problems.append(
-            f"--name given {len(config.names)} times for {count} models; expected once for each"
-        )
-    names = list(config.names or config.models)
-    if len(set(names)) < len(names):
-        problems.append("two models have the same name; give each its own with --name")
-    schedule, run = config.schedule, config.run
-    of_online = {
-        "--epochs": schedule.epochs is not None,
-        "--steps": schedule.steps is not None,
-        "--lr": config.probe.online.lr is not None,
-        "--run.devices": run.devices > 1,
-        "--run.nodes": run.nodes > 1,
-    }
-    instead = {
-        "--epochs": "--solver sgd --probe.grid.steps",
-        "--steps": "--solver sgd --probe.grid.steps",
-        "--lr": "--solver sgd --lrs",
-    }
-    if not online:
-        problems += [
-            f"{option} is for --style online"
-            + (f"; the grid has {instead[option]}" if option in instead else "")
-            for option, given in of_online.items()
-            if given
-        ]
-    elif config.probe.grid.crops:
-        problems.append("--crops is for --style grid; online draws a new crop in each epoch")
-    problems += _solver_problems(config)
-    if run.micro_batches > 1:
-        problems.append("--run.micro_batches is of no use here: no gradient passes the model")
-    if schedule.stop_at is not None:
-        problems.append("--schedule.stop_at is not for probe, which resumes by itself")
-    if problems:
-        raise ConfigError(problems)
-    return names
-
-
-def _solver_problems(config: ProbeCommandConfig) -> list[str]:
-    grid = config.probe.grid
-    if config.probe.style == "online" or grid.solver == "sgd":
-        return []
-    problems = []
-    if grid.lrs is not None:
-        problems.append("--lrs is for --solver sgd; lbfgs finds the minimum, whatever the rate")
-    if grid.steps is not None:
-        problems.append("--probe.grid.steps is for --solver sgd; lbfgs ends at the minimum")
-    if grid.weight_decays and min(grid.weight_decays) <= 0:
-        problems.append(
-            "--weight-decays 0 is for --solver sgd; without a decay, classes that can be parted "
-            "have no minimum"
-        )
-    return problems
-
-
-def _check_sizes(config: ProbeCommandConfig, train: Source) -> None:
-    """Refuse what cannot be, before any model is loaded."""
-    budget = config.data.labels
-    for seed in config.seeds:
-        if config.probe.style == "grid":
-            labels_of(train, config.probe.grid, budget=budget, seed=seed)
-        else:
-            mine = train if budget is None else label_budget(train, budget, seed)
-            schedule_for(config, len(mine))
-    processes = config.run.devices * config.run.nodes
-    check_batch(config.data.batch_size, processes=processes, micro_batches=1)
 
 
 def _models(config: ProbeCommandConfig, names: list[str]) -> dict[str, Backbone]:
