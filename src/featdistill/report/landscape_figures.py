@@ -120,10 +120,13 @@ def surfaces(results: Results, arrays: Arrays) -> Figure:
 
 def contours(results: Results, arrays: Arrays, what: str = "loss") -> Figure:
     """The loss or the accuracy from above, at the same levels for all models."""
+    from matplotlib.ticker import MaxNLocator
+
     found, label = heights(results, arrays) if what == "loss" else _accuracies(results, arrays)
     steps = drawn(results, arrays)
     low, high = plotstyle.limits(found, margin=0)
-    levels = np.linspace(low, high if high > low else low + 1, 13)
+    # at round numbers, from the one below all to the one above
+    levels = MaxNLocator(12).tick_values(low, high if high > low else low + 1)
     count = len(found)
     figure, axes = plotstyle.panels(1, count, height=0.9 + 3.2 / max(count, 1), width=style.WIDTH)
     for axis, plane, name in zip(axes[0], found, names(results), strict=True):

@@ -12,6 +12,7 @@ from featdistill.report.comparison import Comparison, Making
 from featdistill.report.tables import of_seeds, percent, rate
 
 _INPUTS = {"distill": "Distillation", "pretrain": "Pre-training"}
+_PARTS = ("train", "val", "test")
 
 
 def listed(parts: Sequence[str]) -> str:
@@ -20,9 +21,11 @@ def listed(parts: Sequence[str]) -> str:
 
 
 def images_of(results: Mapping[str, Any]) -> str:
-    """`1,000 images of NAME`; of a path its last part, since the whole stands further below."""
+    """`1,000 images of NAME`; of a path its end, since the whole stands further below."""
     name = str(results["data"]["name"])
-    return f"{results['data']['images']:,} images of {Path(name).name or name}"
+    parts = Path(name).parts
+    few = 2 if parts and parts[-1] in _PARTS else 1  # `digits/train`
+    return f"{results['data']['images']:,} images of {'/'.join(parts[-few:]) or name}"
 
 
 def _per_row(found: Comparison) -> str:
