@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import zlib
 from collections.abc import Callable
+from contextlib import nullcontext as nothing
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torchvision.io import decode_image
 
 from featdistill.data.decode import BadImage, decode, from_pil
+from featdistill.data.sources import FileSource
 
 Encode = Callable[..., bytes]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -196,7 +202,7 @@ def test_whatever_pil_raises_of_a_damaged_file(
 ) -> None:
     """Pillow's plugins let their parsers' errors through: ValueError and TypeError were seen."""
 
-    def fail(file: object) -> None:
+    def fail(file: object, formats: object) -> None:
         raise error("odd header")
 
     monkeypatch.setattr(Image, "open", fail)
@@ -207,3 +213,82 @@ def test_whatever_pil_raises_of_a_damaged_file(
 def test_from_pil_of_an_odd_mode() -> None:
     with pytest.raises(BadImage, match="colour mode F"):
         from_pil(Image.new("F", (1, 1)))
+
+
+def test_what_would_start_a_program_is_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow draws PostScript with Ghostscript, whatever the file is called."""
+    from PIL import EpsImagePlugin
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with Image.open(io.BytesIO(data)) as image, pytest.raises(AssertionError, match="started"):
+        image.load()
+    with pytest.raises(BadImage, match="cannot identify"):
+        decode(data)
+
+
+def header(width: int, height: int, kind: str) -> bytes:
+    """A file that says it has so many pixels, and has none."""
+    if kind == "PNG":
+        body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+        return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT"
+    if kind == "BMP":
+        info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + info
+    return b"P6 %d %d 255\n" % (width, height)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM"])
+@pytest.mark.parametrize(("width", "height"), [(16_000, 12_000), (12_000, 12_000), (65_500, 9_000)])
+def test_a_bomb_is_refused_from_its_header(
+    kind: str, width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoded(*_: object) -> None:
+        raise AssertionError("pixels were asked for")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    warned = pytest.warns(Image.DecompressionBombWarning) if width * height < 178e6 else nothing()
+    with warned, pytest.raises(BadImage, match=r"exceeds limit|are more than the 134,217,728"):
+        decode(header(width, height, kind))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (65_500, 1), (1, 65_500)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_extreme_shapes(encode: Encode, width: int, height: int, kind: str) -> None:
+    found = decode(encode(Image.new("RGB", (width, height), WHITE), kind))
+    assert found.shape == (3, height, width)
+    assert (found == 255).all()
+
+
+def test_the_name_decides_nothing(encode: Encode, tmp_path: Path, picture: Image.Image) -> None:
+    (tmp_path / "a.jpg").write_bytes(encode(picture))
+    (tmp_path / "b.png").write_bytes(encode(picture, "JPEG", quality=95))
+    source = FileSource("made", tmp_path, ["a.jpg", "b.png"])
+    assert torch.equal(source.read(0), pixels(picture))
+    assert distance(source.read(1), pixels(picture)) <= 12
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_torchvisions_decoder_sees_the_same(
+    picture: Image.Image, encode: Encode, kind: str, mode: str
+) -> None:
+    options = {"WEBP": {"lossless": True}}.get(kind, {})
+    data = encode(picture.convert(mode), kind, **options)
+    reference = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB")
+    assert distance(decode(data), reference) <= 3
+
+
+def test_a_pipe_a_device_and_a_folder_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    names = ["pipe.jpg", "endless.jpg", "folder.jpg", "absent.jpg", "nul\0.jpg"]
+    source = FileSource("made", tmp_path, names)
+    for index, reason in enumerate(["not a file"] * 3 + ["No such file", "null"]):
+        with pytest.raises(BadImage, match=reason):
+            source.read(index)

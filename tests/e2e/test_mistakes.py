@@ -423,3 +423,21 @@ def test_a_probe_wants_labels_and_their_classes(
     data = words[words.index("--data") :][:2]
     fails(capsys, command, *model, *data, *out, says=("cat",))
     assert not Path(out[1]).exists()
+def test_an_unreadable_image_where_none_is_tolerated(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for number in range(8):
+        save(tmp_path / f"data/{number}.png", np.full((32, 32, 3), 9 * number, np.uint8))
+    (tmp_path / "data/5.png").write_text("<!doctype html>")
+    words = ["distill", *TEACHER, *STUDENT, "--data", str(tmp_path / "data"), "--image-size", "32"]
+    words += ["--steps", "2", "--batch-size", "8", "--workers", "0", "--run.preflight", "false"]
+    for folder, policy, complaint in (
+        ("a", ["--data.bad_images", "error"], "error: cannot read 5.png: cannot identify image"),
+        ("b", ["--data.bad_image_limit", "0.1"], "error: 1 of 8 images cannot be read, the last: "),
+    ):
+        assert main([*words, *policy, "--out", str(tmp_path / folder)]) == 2
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith(complaint)
+        assert "Traceback" not in err
+        assert '"index": 5' in (tmp_path / folder / "quarantine.jsonl").read_text()
+    assert main([*words, "--data.bad_image_limit", "0.2", "--out", str(tmp_path / "c")]) == 0

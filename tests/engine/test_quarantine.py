@@ -93,3 +93,19 @@ def test_a_resume_past_the_limit_ends_again_until_the_limit_is_raised(file: Path
         again.add(bad(1))
     Quarantine(file, images=100, limit=0.02).add(bad(1, 2))
     assert len(file.read_text().splitlines()) == 2
+
+
+def test_the_policy_error_names_the_image(file: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        Quarantine(file, images=10**6, limit=0.0).add(bad(7, 8))
+    message = str(caught.value)
+    assert message.startswith("cannot read 7.jpg: cut off")
+    assert "--data.bad_images skip" in message
+    assert len(file.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", ["{}\n", "[1]\n", "no json\n", "[" * 100_000 + "\n", "\0\0\n"])
+def test_a_damaged_list_is_named(file: Path, content: str) -> None:
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"quarantine.jsonl' is damaged; delete it"):
+        Quarantine(file, images=10, limit=0.5)

@@ -153,6 +153,14 @@ class NewModelConfig(Section):
     window: Positive | None = Field(None, description="Swin window; 7 (swin-b, -g: 14) by default")
 
 
+BadImages = Literal["skip", "error"]
+
+
+def tolerated(policy: BadImages, limit: float) -> float:
+    """The share of images that may be unreadable."""
+    return 0.0 if policy == "error" else limit
+
+
 class DataConfig(Section):
     """Which images, and how they are read."""
 
@@ -171,9 +179,17 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="loading processes; chosen from the cores by default"
     )
+    bad_images: BadImages = Field(
+        "skip", description="skip: another image takes an unreadable one's place; error: stop"
+    )
     bad_image_limit: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images at which the run stops"
     )
+
+    @property
+    def tolerated(self) -> float:
+        """The share of images that may be unreadable."""
+        return tolerated(self.bad_images, self.bad_image_limit)
 
     @model_validator(mode="after")
     def _one_validation(self) -> DataConfig:

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
 from featdistill.core.errors import DataError
-from featdistill.data.decode import BadImage
+from featdistill.data.decode import open_image
 from featdistill.data.masks import MaskFiles, PairSource, check_mode, check_size
 from featdistill.data.sources import ArrowSource, FileSource
 
@@ -53,19 +51,19 @@ def _check(source: PairSource, index: int) -> None:
             return
     except DataError:
         raise
-    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # Pillow's parsers raise what they will
         return  # damaged: counted, replaced and named when it is read
     check_size(image, mask, images.identify(place), where)
 
 
 def _mask(file: Path | io.BytesIO, where: str) -> tuple[int, int]:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         check_mode(image.mode, where)
         return image.height, image.width
 
 
 def _upright(file: Path | io.BytesIO) -> tuple[int, int]:
     """Height and width after the rotation that the file asks for."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         turned = image.getexif().get(_ORIENTATION) in _ON_THE_SIDE
         return (image.width, image.height) if turned else (image.height, image.width)

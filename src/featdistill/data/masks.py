@@ -14,11 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from featdistill.core.errors import DataError
-from featdistill.data.decode import BadImage
+from featdistill.data.decode import BadImage, open_image, read_file
 from featdistill.data.parts import some
 from featdistill.data.sources import ArrowSource, Source
 
@@ -50,10 +49,7 @@ class MaskFiles:
         return len(self.files)
 
     def data(self, index: int) -> bytes:
-        try:
-            return (self.root / self.files[index]).read_bytes()
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
+        return read_file(self.root / self.files[index])
 
     def identify(self, index: int) -> str:
         return str(self.root / self.files[index])
@@ -122,11 +118,11 @@ def decode_mask(data: bytes, where: str) -> np.ndarray:
         DataError: a colour image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             check_mode(image.mode, where)
             values = np.array(image)
             return values.astype(np.uint8) if values.dtype == bool else values
-    except (BadImage, DataError):
+    except DataError:
         raise
     except Exception as error:  # Pillow's plugins let their parsers' errors of any kind through
         raise BadImage(

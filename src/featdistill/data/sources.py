@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator
-from featdistill.data.decode import BadImage, decode, from_pil
+from featdistill.data.decode import BadImage, decode, from_pil, read_file
 
 
 class Source(Protocol):
@@ -64,11 +64,7 @@ class FileSource:
         return len(self.files)
 
     def read(self, index: int) -> Tensor:
-        try:
-            data = (self.root / self.files[index]).read_bytes()
-        except OSError as error:
-            raise BadImage(error.strerror or str(error)) from None
-        return decode(data)
+        return decode(read_file(self.root / self.files[index]))
 
     def identify(self, index: int) -> str:
         return self.files[index]
@@ -129,10 +125,7 @@ class ArrowSource:
         if cell.get("bytes"):
             return bytes(cell["bytes"])
         if cell.get("path"):
-            try:
-                return Path(self.root or ".", cell["path"]).read_bytes()
-            except OSError as error:
-                raise BadImage(error.strerror or str(error)) from None
+            return read_file(Path(self.root or ".", cell["path"]))
         raise BadImage("the cell holds neither bytes nor a path")
 
     def identify(self, index: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,10 @@ class Quarantine:
     Args:
         file: where they are listed.
         images: how many images the data has.
-        limit: largest share of them that may be unreadable.
+        limit: largest share of them that may be unreadable; 0: the first one is an error.
+
+    Raises:
+        DataError: the list of an earlier session is damaged.
     """
 
     def __init__(self, file: Path, *, images: int, limit: float) -> None:
@@ -25,8 +29,13 @@ class Quarantine:
         if file.is_file():
             whole = file.read_bytes()
             whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line off
-            file.write_bytes(whole)
-            self._known = {json.loads(line)["index"] for line in whole.splitlines()}
+            os.truncate(file, len(whole))
+            try:
+                self._known = {int(json.loads(line)["index"]) for line in whole.splitlines()}
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise DataError(
+                    f"'{file}' is damaged", fix="delete it: the images are counted again"
+                ) from None
 
     def __len__(self) -> int:
         return len(self._known)
@@ -41,6 +50,12 @@ class Quarantine:
             for r in new:
                 self._known.add(r.index)
                 out.write(json.dumps({"index": r.index, "reason": r.reason}) + "\n")
+        if self.limit == 0:
+            raise DataError(
+                f"cannot read {next(iter(found.values())).reason}",
+                expected="readable images alone (--data.bad_images error, or a limit of 0)",
+                fix="mend or remove it, or give --data.bad_images skip",
+            )
         if len(self._known) > self.limit * self.images:
             raise DataError(
                 f"{len(self._known)} of {self.images} images cannot be read, the last: "

@@ -38,6 +38,7 @@ _HARMLESS = frozenset(
         "signal.rank_alarm",
         "schedule.stop_at",
         "data.workers",
+        "data.bad_images",
         "data.bad_image_limit",
     )
 )

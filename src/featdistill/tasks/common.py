@@ -153,7 +153,7 @@ def plan_of(
         checkpoint_keep=run.checkpoint_keep,
         eval_every=run.eval_every,
         stop_at=config.schedule.stop_at,
-        bad_image_limit=config.data.bad_image_limit,
+        bad_image_limit=config.data.tolerated,
         tensorboard=run.tensorboard,
         title=title,
     )

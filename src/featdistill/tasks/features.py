@@ -82,7 +82,7 @@ def _plan(config: FeaturesConfig, backbone: Backbone, source: Source) -> Plan:
         batch_size=config.data.batch_size,
         shard_images=config.shard_images or shard_size(parts, dtype, config.data.batch_size),
         workers=config.data.workers,
-        bad_image_limit=config.data.bad_image_limit,
+        bad_image_limit=config.data.tolerated,
     )
 
 

@@ -201,7 +201,7 @@ def _probe(
             view=config.view,
             budget=config.data.labels,
             workers=config.data.workers,
-            bad_image_limit=config.data.bad_image_limit,
+            bad_image_limit=config.data.tolerated,
             seed=config.run.seed,
             title=subject.name,
         )

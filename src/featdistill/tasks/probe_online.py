@@ -173,7 +173,7 @@ class _OnlineFit:
             checkpoint_every=run.checkpoint_every,
             checkpoint_keep=run.checkpoint_keep,
             eval_every=run.eval_every,
-            bad_image_limit=config.data.bad_image_limit,
+            bad_image_limit=config.data.tolerated,
             tensorboard=run.tensorboard,
             title=self.title,
         )

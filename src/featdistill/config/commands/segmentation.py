@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from featdistill.config.commands.base import RUN, TRAIN, Command
 from featdistill.config.sections import (
+    BadImages,
     ModelConfig,
     OptimizerConfig,
     PolynomialScheduleConfig,
@@ -15,6 +16,7 @@ from featdistill.config.sections import (
     Rate,
     RunConfig,
     Section,
+    tolerated,
 )
 
 
@@ -53,9 +55,17 @@ class SegmentDataConfig(Section):
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="loading processes; chosen from the cores by default"
     )
+    bad_images: BadImages = Field(
+        "skip", description="skip: another image takes an unreadable one's place; error: stop"
+    )
     bad_image_limit: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images at which the run stops"
     )
+
+    @property
+    def tolerated(self) -> float:
+        """The share of images that may be unreadable."""
+        return tolerated(self.bad_images, self.bad_image_limit)
 
 
 class SegmentViewConfig(Section):
