@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from featdistill.config.commands import COMMANDS, Command
 from featdistill.core.errors import ConfigError, did_you_mean
+from featdistill.core.parsing import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _say(schema: type[Command], merged: _Merged, detail: ErrorDetails) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError([f"no configuration file at '{path}'; check --config"]) from None
     except (OSError, UnicodeDecodeError) as error:

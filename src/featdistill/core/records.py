@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from featdistill.core.errors import RunError
+from featdistill.core.parsing import parse_json
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "pyarrow")
 
@@ -125,7 +126,7 @@ def read_record(path: Path, kind: str | None = None) -> dict[str, Any]:
         RunError: the file is absent, not JSON, or of another kind.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"no record at '{path}'", fix="finish the run that writes it") from None
     except (OSError, ValueError) as error:

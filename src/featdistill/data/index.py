@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featdistill.core.errors import DataError
+from featdistill.core.parsing import parse_json
 
 EXTENSIONS = frozenset(
     (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".jp2")
@@ -107,7 +108,7 @@ def _read_cache(file: Path, root: Path) -> tuple[str, ...] | None:
     """The cached listing if every folder is as it was; None otherwise."""
     try:
         header, _, body = file.read_text(encoding="utf-8").partition("\n")
-        meta = json.loads(header)
+        meta = parse_json(header)
         if meta["version"] != _VERSION or meta["root"] != str(root):
             return None
         if any(os.stat(root / f).st_mtime_ns != time for f, time in meta["folders"].items()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from featdistill.core.errors import DataError
+from featdistill.core.parsing import parse_json
 from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, numbered_as, some
 from featdistill.data.sources import ArrowSource
 
@@ -111,7 +111,7 @@ def _arrow(table: Any, name: str, root: Path | None = None) -> ArrowSource:
 def _metadata_names(schema: Any, label: str) -> tuple[str, ...] | None:
     """Class names from the metadata that the `datasets` library leaves in a schema."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(features[label]["names"])
     except (KeyError, TypeError, ValueError):
         return None

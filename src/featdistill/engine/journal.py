@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from featdistill.core.errors import RunError
+from featdistill.core.parsing import parse_json
 
 _SYNC_SECONDS = 1.0
 
@@ -92,5 +93,5 @@ def read_journal(file: Path) -> list[Any]:
     for line in data[: _whole(data)].decode("utf-8", "replace").splitlines():
         checksum, _, text = line.partition(" ")
         if checksum == _checksum(text):
-            values.append(json.loads(text))
+            values.append(parse_json(text))
     return values

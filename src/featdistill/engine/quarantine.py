@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from featdistill.core.errors import DataError
+from featdistill.core.parsing import parse_json
 from featdistill.core.types import Replaced
 
 
@@ -31,8 +32,8 @@ class Quarantine:
             whole = whole[: whole.rfind(b"\n") + 1]  # a kill may have cut the last line off
             os.truncate(file, len(whole))
             try:
-                self._known = {int(json.loads(line)["index"]) for line in whole.splitlines()}
-            except (ValueError, KeyError, TypeError, RecursionError):
+                self._known = {int(parse_json(line)["index"]) for line in whole.splitlines()}
+            except (ValueError, KeyError, TypeError):
                 raise DataError(
                     f"'{file}' is damaged", fix="delete it: the images are counted again"
                 ) from None

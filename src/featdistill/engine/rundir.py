@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from featdistill.core.errors import RunError
+from featdistill.core.parsing import parse_json, parse_yaml
 from featdistill.core.records import environment, write_json
 
 log = logging.getLogger("featdistill")
@@ -127,7 +127,7 @@ def open_run(
 def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bool:
     """Refuse what cannot go on; whether something of `may_change` changed."""
     try:
-        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        before = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"cannot read '{path}/config.yaml' ({error})") from None
     with suppress(ValidationError):  # what does not fit is named below
@@ -150,7 +150,7 @@ def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bo
 def _check_weights(path: Path, weights: Mapping[str, str]) -> dict[str, str]:
     """Refuse other weights; those that the run began from."""
     try:
-        before: dict[str, str] = json.loads((path / _WEIGHTS).read_text(encoding="utf-8"))
+        before: dict[str, str] = parse_json((path / _WEIGHTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}  # a run of an earlier version
     except (OSError, ValueError) as error:
@@ -195,7 +195,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     rows = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(parse_json(line))
+        except ValueError:
             continue
     return rows

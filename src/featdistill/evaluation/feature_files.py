@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featdistill.core.errors import RunError
+from featdistill.core.parsing import parse_json
 from featdistill.core.records import sync, write_json
 from featdistill.data.sources import Source
 from featdistill.evaluation.features import Part
@@ -276,7 +277,7 @@ class Ledger:
 
     def _read(self) -> dict[str, Any]:
         try:
-            value: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            value: dict[str, Any] = parse_json(self.path.read_text(encoding="utf-8"))
             if value.pop("format") != _FORMAT:
                 raise ValueError("of another format")
             for row in value.pop("shards"):

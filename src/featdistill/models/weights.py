@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
+from featdistill.core.parsing import parse_json
 
 
 def file_hash(path: Path) -> str:
@@ -134,7 +134,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: absent or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read '{path}' ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from featdistill.core.errors import ConfigError, RunError
+from featdistill.core.parsing import read_arrays
 from featdistill.core.records import read_record
 from featdistill.engine.rundir import read_metrics
 from featdistill.report.comparison import CURVES, SIGNAL, Series, series
@@ -57,8 +58,7 @@ class Found:
         if not file.is_file():
             return {}
         try:
-            with np.load(file, allow_pickle=False) as stored:
-                return dict(stored)
+            return read_arrays(file)
         except (OSError, ValueError) as error:
             raise RunError(f"'{file}' is not a file of arrays ({error})") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 
 from featdistill.config.commands import CompareConfig
 from featdistill.core.errors import DataError, Interrupted, NonFiniteError, RunError
+from featdistill.core.parsing import read_arrays
 from featdistill.core.records import read_record, write_record
 from featdistill.data.sources import Source, labelled
 from featdistill.data.splits import label_budget, split
@@ -220,11 +220,11 @@ def _kept(file: Path, held: Source, asked: dict[str, Any]) -> Fit | None:
         return None
     try:
         record = read_record(file, "compare-fit")
-        with np.load(file.with_suffix(".npz"), allow_pickle=False) as stored:
-            predictions, labels = stored["predictions"], stored["labels"]
+        arrays = read_arrays(file.with_suffix(".npz"))
+        predictions, labels = arrays["predictions"], arrays["labels"]
         same = record["config"] == asked
         results = dict(record["results"])
-    except (RunError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (RunError, OSError, ValueError, KeyError) as error:
         say(f"note: {file.parent} is done once more, since its record cannot be read ({error})")
         return None
     if not same:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from featdistill.config.commands import DistillConfig
 from featdistill.config.commands.diagnostics import LossConfig
 from featdistill.config.sections import ModelConfig
 from featdistill.core.errors import ConfigError, DataError, ModelError, RunError
+from featdistill.core.parsing import parse_json, parse_yaml
 from featdistill.core.seeds import generator
 from featdistill.core.types import Batch
 from featdistill.data.loader import ordered_batches, plainly
@@ -236,7 +236,7 @@ def read_distillation(spec: str) -> Distillation | None:
     best = given.name == "best" and not (given / "config.yaml").is_file()
     folder = given.parent if best else given
     try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        tree = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         return Distillation(folder, DistillConfig.model_validate(tree), best)
     except (OSError, ValueError, yaml.YAMLError):  # ValidationError is a ValueError
         return None
@@ -282,7 +282,7 @@ def _distillation(choice: _Choice, config: LossConfig, images: Source, runtime: 
 def _check_teacher(run: Distillation, origin: Origin) -> None:
     """Raise RunError if the teacher is not the one that the run learned from."""
     try:
-        before = json.loads((run.folder / "weights.json").read_text(encoding="utf-8"))
+        before = parse_json((run.folder / "weights.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return  # a run of an earlier version
     if before.get("teacher") not in (None, origin.weights):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from featdistill.core.errors import RunError
+from featdistill.core.parsing import read_arrays
 from featdistill.core.records import read_record, write_record
 from featdistill.evaluation.classification import Scores, accuracy_by_class
 from featdistill.evaluation.linear import Linear
@@ -93,8 +94,7 @@ def read_fit(folder: Path) -> SeedProbe | None:
         return None
     results = dict(read_record(file, "probe-fit")["results"])
     try:
-        with np.load(file.with_suffix(".npz"), allow_pickle=False) as stored:
-            arrays = dict(stored)
+        arrays = read_arrays(file.with_suffix(".npz"))
         head = Linear(torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"]))
         predictions, labels = (torch.from_numpy(arrays[n]) for n in ("predictions", "labels"))
         scores = Scores(
