@@ -12,9 +12,10 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 _DEEPEST = 64  # levels; a configuration has four
 _MOST_NODES = 100_000  # of a YAML file, aliases followed; a configuration has two hundred
@@ -75,6 +76,8 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         OSError: it cannot be read.
         ValueError: it is no such file, damaged, larger than any record's, or wants to be unpickled.
     """
+    import numpy as np
+
     try:
         with zipfile.ZipFile(file) as archive:
             total = 0
@@ -96,6 +99,8 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
 
 def _size(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
     """The bytes of an array by its header, which must be those that the archive says it has."""
+    import numpy as np
+
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
         version, np.lib.format.read_array_header_2_0

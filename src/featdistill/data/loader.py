@@ -24,6 +24,7 @@ from featdistill.data.joint_views import JointView
 from featdistill.data.masks import PairSource
 from featdistill.data.sources import Source
 from featdistill.data.views import Address, View
+from featdistill.data.workers import AtWork, processes, trouble_of
 
 _FEW = 1024
 _ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
@@ -112,12 +113,14 @@ class Samples(Dataset[_Sample]):
 
     def __init__(self, source: Source, view: View | JointView, seed: int) -> None:
         self.source, self.view, self.seed = source, view, seed
+        self.at_work = AtWork()
 
     def __getitem__(self, item: Item) -> _Sample:
         index, failures = item.index, []
         for attempt in range(_ATTEMPTS):
             try:
                 address = (self.seed, item.epoch, index)
+                self.at_work.on(index)
                 views, mask = _look(self.source, self.view, index, address)
                 break
             except BadImage as error:
@@ -133,6 +136,7 @@ class Samples(Dataset[_Sample]):
             )
         labels = self.source.labels
         label = None if labels is None else int(labels[index])
+        self.at_work.done()
         return _Sample(views, label, item, tuple(failures), mask)
 
 
@@ -180,14 +184,14 @@ def training_batches(
     sampler = RunSampler(
         len(source), batch_size=batch_size, seed=seed, start=start, stop=stop, share=share
     )
-    workers = default_workers(share.world) if workers is None else workers
+    workers = min(default_workers(share.world) if workers is None else workers, stop - start)
     return DataLoader(
         Samples(source, view, seed),  # type: ignore[arg-type]
         batch_sampler=sampler,
-        num_workers=min(workers, stop - start),
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers and stop > start else None,
+        prefetch_factor=4 if workers else None,
+        **processes(workers),
         # its own generator, or making an iterator would move the process's
         generator=torch_generator("loader", seed, start),
     )
@@ -198,15 +202,18 @@ class _InOrder(Dataset[_Sample]):
 
     def __init__(self, source: Source, view: View | JointView) -> None:
         self.source, self.view = source, view
+        self.at_work = AtWork()
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> _Sample:
+        self.at_work.on(index)
         try:
             views, mask = _look(self.source, self.view, index, (0, 0, index))
         except BadImage as error:
             return self._unreadable(index, error)
+        self.at_work.done()
         return self._sample(index, views, mask)
 
     def _sample(
@@ -259,8 +266,8 @@ def ordered_batches(
         _InOrder(source, view),  # type: ignore[arg-type]
         sampler=mine,
         batch_size=batch_size,
-        num_workers=workers,
         collate_fn=collate,
+        **processes(workers),
         generator=torch_generator("ordered"),
     )
 
@@ -284,17 +291,32 @@ def listed_batches(
     return DataLoader(
         _Blackened(source, view),  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=min(workers, len(batches)),
         collate_fn=collate,
+        **processes(min(workers, len(batches))),
         pin_memory=pin_memory,
         generator=torch_generator("listed"),
     )
 
 
 def plainly(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches; a loading process's error comes without that process's traceback."""
-    try:
-        yield from loader
-    except DataError as error:
-        last = str(error).strip().splitlines()[-1]
-        raise DataError(last.partition("DataError: ")[2] or last) from None
+    """The loader's batches; a loading process's error comes without that process's traceback.
+
+    Raises:
+        DataError: an image could not be read where all are wanted; or a loading process was killed
+            or hangs.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except DataError as error:
+            last = str(error).strip().splitlines()[-1]
+            raise DataError(last.partition("DataError: ")[2] or last) from None
+        except RuntimeError as error:
+            trouble = trouble_of(error, loader.dataset)
+            if trouble is None:
+                raise
+            raise trouble from None
+        if batch is None:
+            return
+        yield batch

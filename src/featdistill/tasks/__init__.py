@@ -32,4 +32,12 @@ _HOMES = {
 
 def run_command(command: str, config: Command) -> Any:
     """Run a command; what it returns is the same as its Python function's result."""
-    return import_module(f"featdistill.tasks.{_HOMES[command]}").run(config)
+    try:
+        return import_module(f"featdistill.tasks.{_HOMES[command]}").run(config)
+    except RuntimeError as error:
+        from featdistill.data.workers import trouble_of
+
+        trouble = trouble_of(error, None)
+        if trouble is None:
+            raise
+        raise trouble from None
