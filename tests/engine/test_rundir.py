@@ -37,7 +37,12 @@ def test_a_new_run(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     run = open_run(str(out), config(out), resume=False)
     assert run == out
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "environment.json", "log.txt"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.yaml",
+        "environment.json",
+        "log.txt",
+        ".lock",
+    }
     assert yaml.safe_load((out / "config.yaml").read_text())["model"]["spec"] == "m"
     logging.getLogger("featdistill").info("a line")
     assert (out / "log.txt").read_text().endswith("a line\n")

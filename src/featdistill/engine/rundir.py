@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from featdistill.core.errors import RunError
 from featdistill.core.parsing import parse_json, parse_yaml
 from featdistill.core.records import environment, write_json
+from featdistill.engine.lock import LOCK, check_free, claim
 
 log = logging.getLogger("featdistill")
 
@@ -51,13 +53,14 @@ def check_out(out: str, *, resume: bool) -> None:
         raise RunError(f"output '{out}' is a file", expected="a folder", fix="give another --out")
     if path.is_symlink() and not path.exists():
         raise RunError(f"output '{out}' is a link to nothing", fix="give another --out")
+    check_free(path)
     if resume:
         if not (path / "config.yaml").is_file():
             raise RunError(
                 f"there is no run to resume in '{out}'", fix="leave --resume out to begin one"
             )
         return
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
         done = (path / "config.yaml").is_file()
         raise RunError(
             f"output folder '{out}' is not empty",
@@ -93,19 +96,20 @@ def open_run(
             done so far holds whatever they are.
 
     Raises:
-        RunError: see `check_out`; or the resumed run had another configuration or other weights.
+        RunError: see `check_out`; another process has the folder; or the resumed run had another
+            configuration or other weights.
     """
     path = Path(out).expanduser()
     if not first:
         return path
     check_out(out, resume=resume)
+    _claim(path, out, resume)
     values = config.model_dump(mode="json")
     changed, known = False, dict[str, str]()
     if resume:
         changed = _check_same(path, config, may_change)
         known = _check_weights(path, weights or {})
     try:
-        path.mkdir(parents=True, exist_ok=True)
         if not resume or changed:
             if weights:
                 write_json(path / _WEIGHTS, {**known, **weights})
@@ -122,6 +126,20 @@ def open_run(
         ) from None
     _log_to(path / "log.txt")
     return path
+
+
+def _claim(path: Path, out: str, resume: bool) -> None:
+    """Lock a run's folder for this process."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        note = claim(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write to output '{out}' ({error.strerror or error})", fix="give another --out"
+        ) from None
+    check_out(out, resume=resume)  # once more: another launch may have begun, and ended, since
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bool:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from featdistill.config.commands import Command
+from featdistill.engine.lock import released
 
 _HOMES = {
     "quickstart": "quickstart",
@@ -33,7 +34,8 @@ _HOMES = {
 def run_command(command: str, config: Command) -> Any:
     """Run a command; what it returns is the same as its Python function's result."""
     try:
-        return import_module(f"featdistill.tasks.{_HOMES[command]}").run(config)
+        with released():
+            return import_module(f"featdistill.tasks.{_HOMES[command]}").run(config)
     except RuntimeError as error:
         from featdistill.data.workers import trouble_of
 
