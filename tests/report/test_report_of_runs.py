@@ -220,3 +220,11 @@ def test_two_comparisons(make_comparison: Make, tmp_path: Path) -> None:
     (tmp_path / "again/compare.json").write_text((one / "compare.json").read_text())
     with pytest.raises(FeatDistillError, match="two comparisons"):
         write_report(one, tmp_path / "again")
+
+
+def test_names_that_no_font_and_no_page_has(make_comparison: Make, tmp_path: Path) -> None:
+    """Of a file whose name is no UTF-8, or that holds what a terminal obeys."""
+    name = "x\0\x1b[31m\udcff\ufffe"
+    page = write_report(make_comparison(spec=name), diagnosed(tmp_path / "d", ("teacher", name)))
+    assert "x\ufffd\ufffd[31m\ufffd\ufffd" in Page(page).text
+    assert not set("\0\x1b\ufffe") & set(page.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ All accuracies are shares in 0..1; differences are shares too, of the same image
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -350,9 +351,25 @@ def read_making(folder: Path, name: str) -> Making | None:
     return None
 
 
+# what neither XML nor a font has: control characters, halves of characters (as of a file's name
+# that is no UTF-8), and code points that stand for none
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def showable(value: Any) -> Any:
+    """A record's values with U+FFFD for each character in their texts that no page can show."""
+    if isinstance(value, str):
+        return _UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, dict):
+        return {showable(k): showable(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [showable(v) for v in value]
+    return value
+
+
 def _record_or_none(file: Path, kind: str) -> dict[str, Any] | None:
     """A record that the page can do without."""
     try:
-        return read_record(file, kind)
+        return showable(read_record(file, kind))
     except RunError:
         return None

@@ -14,7 +14,7 @@ from featdistill.core.errors import ConfigError, RunError
 from featdistill.core.parsing import read_arrays
 from featdistill.core.records import read_record
 from featdistill.engine.rundir import read_metrics
-from featdistill.report.comparison import CURVES, SIGNAL, Series, series
+from featdistill.report.comparison import CURVES, SIGNAL, Series, series, showable
 
 _RUNS = ("pretrain", "distill", "finetune", "segment")
 # label -> key in metrics.jsonl
@@ -110,7 +110,7 @@ def _of(folder: Path) -> list[Found]:
         raise RunError(f"no folder '{folder}'", fix="give the --out of a run, or several")
     known = ("compare", *_RUNS, *DIAGNOSES)
     files = [folder / f"{kind}.json" for kind in known]
-    found = [Found(f, f.stem, read_record(f, f.stem)) for f in files if f.is_file()]
+    found = [Found(f, f.stem, showable(read_record(f, f.stem))) for f in files if f.is_file()]
     if not found:
         begun = (folder / "config.yaml").is_file()
         raise RunError(
