@@ -423,6 +423,8 @@ def test_a_probe_wants_labels_and_their_classes(
     data = words[words.index("--data") :][:2]
     fails(capsys, command, *model, *data, *out, says=("cat",))
     assert not Path(out[1]).exists()
+
+
 def test_an_unreadable_image_where_none_is_tolerated(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
