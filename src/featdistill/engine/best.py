@@ -9,7 +9,6 @@ to beat is in its manifest: a resumed run goes on from it.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,11 +63,11 @@ class Best:
         if not self.choice.beats(value, self.value):
             return False
         facts = {"metric": self.choice.metric, "mode": self.choice.mode, "value": value}
-        kept = self._store.save(step, {"model": model_state(objective)}, facts)
+        self._store.save(step, {"model": model_state(objective)}, facts)
         self.value = value
-        for old in self._store.folder.glob("step-*"):
-            if old != kept:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in self._store.steps():
+            if old != step:
+                self._store.delete(old)
         return True
 
 

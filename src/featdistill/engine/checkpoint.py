@@ -6,22 +6,30 @@
         optimizer.safetensors  AdamW's averages by parameter name
         random.safetensors  states of the generators
         average.safetensors  averaged weights, if the run keeps them
+        meter.safetensors   sums since the last logged line
+    checkpoints/damaged-step-*/  set aside on a resume, for people to look at
     checkpoints/best/       see `best.py`
 
-A checkpoint is written under a temporary name, synced, and renamed; it is complete if it is there
-under its own name and its checksums agree.
+A checkpoint is written under a temporary name, compared with what was to be written, synced, and
+renamed; it is complete if it is there under its own name and its checksums agree.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import math
 import os
+import random
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,10 +38,14 @@ from torch import Tensor, nn
 from featdistill.core.errors import RunError
 from featdistill.core.records import sync, write_json
 from featdistill.engine.average import WeightAverage
+from featdistill.engine.tracking import say
 from featdistill.models.weights import file_hash
 
-FORMAT = 1
-_TEMPORARY = ".writing-"
+FORMAT = 2
+_UNSEALED = 1  # the format before: its manifest has no checksum of its own
+_SEAL = "manifest_sha256"
+_TEMPORARY, _REPLACED, _DELETED = ".writing-", ".replaced-", ".deleted-"
+_DAMAGED = "damaged-"
 
 
 @dataclass(frozen=True)
@@ -69,35 +81,56 @@ class Checkpoints:
         """Write a checkpoint durably, then delete those that are too many.
 
         Raises:
-            RunError: the disk refuses; older checkpoints are as they were.
+            RunError: the disk refuses, or keeps other bytes; older checkpoints are as they were.
         """
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
+            self.sweep()
             temporary.mkdir(parents=True)
             checksums = {}
             for name, tensors in files.items():
                 file = temporary / f"{name}.safetensors"
-                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
-                sync(file)
-                checksums[file.name] = file_hash(file)
-            manifest = {"format": FORMAT, "step": step, "sha256": checksums, **extra}
-            write_json(temporary / "manifest.json", manifest)
+                checksums[file.name] = _write(file, tensors)
+            write_json(
+                temporary / "manifest.json",
+                _sealed({"format": FORMAT, "step": step, "sha256": checksums, **extra}),
+            )
             sync(temporary)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():
+                os.rename(final, self.folder / f"{_REPLACED}{final.name}")
             os.rename(temporary, final)
             sync(self.folder)
+            sync(self.folder.parent)
+            self.sweep()
+            for old in self.steps()[: -self.keep]:
+                self.delete(old)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                self.sweep()
             reason = getattr(error, "strerror", None) or error
             raise RunError(
                 f"cannot write the checkpoint '{final}' ({reason})",
                 fix="make room or choose another --out; earlier checkpoints are intact",
             ) from None
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / f"step-{old:08d}")
         return final
+
+    def delete(self, step: int) -> None:
+        """Delete a checkpoint; a kill meanwhile leaves no half of it under its name."""
+        name = f"step-{step:08d}"
+        doomed = self.folder / f"{_DELETED}{name}"
+        os.rename(self.folder / name, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Clear up after a process that was killed while it wrote, replaced or deleted."""
+        for path in self.folder.glob(".*step-*"):
+            own = self.folder / path.name.removeprefix(_REPLACED)
+            if path.name.startswith(_REPLACED) and not own.exists():
+                os.rename(path, own)  # the new one had not come
+            elif path.name.startswith((_TEMPORARY, _REPLACED, _DELETED)):
+                shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, oldest first."""
@@ -117,16 +150,81 @@ class Checkpoints:
         Raises:
             RunError: there are checkpoints, and all are damaged.
         """
-        steps = self.steps()
-        problems = []
-        for step in reversed(steps):
+        return self._newest()[0]
+
+    def recover(self) -> Checkpoint | None:
+        """Likewise, for the process that goes on to write here: leftovers are swept, and damaged
+        checkpoints newer than the one that is found are reported and set aside.
+
+        Raises:
+            RunError: all are damaged (they then stay where they are), or the disk refuses.
+        """
+        try:
+            self.sweep()
+            found, problems = self._newest()
+            for step, problem in problems.items():
+                where = self._set_aside(step)
+                assert found is not None
+                say(
+                    f"WARNING: {problem}; it is kept as '{where}', and the run goes on from step "
+                    f"{found.step}"
+                )
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(
+                f"cannot write to '{self.folder}' ({reason})", fix="make it writable"
+            ) from None
+        return found
+
+    def _newest(self) -> tuple[Checkpoint | None, dict[int, str]]:
+        """The newest whole checkpoint, and what is wrong with those after it."""
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps()):
             try:
-                return self.read(step)
+                return self.read(step), problems
             except RunError as error:
-                problems.append(str(error))
-        if problems:
-            raise RunError("; ".join(problems), fix="there is no whole checkpoint to go on from")
-        return None
+                problems[step] = str(error)
+        aside = [f"'{path}' is damaged" for path in sorted(self.folder.glob(f"{_DAMAGED}*"))]
+        if problems or aside:
+            raise RunError(
+                "; ".join([*problems.values(), *aside]),
+                fix="there is no whole checkpoint to go on from: put one back, or begin a new run "
+                "in another --out",
+            )
+        return None, {}
+
+    def _set_aside(self, step: int) -> Path:
+        name = f"{_DAMAGED}step-{step:08d}"
+        free = (self.folder / (f"{name}.{n}" if n else name) for n in range(1_000_000))
+        where = next(path for path in free if not path.exists())
+        os.rename(self.folder / f"step-{step:08d}", where)
+        return where
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors durably and compare what can be read back; the file's SHA-256."""
+    given = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    save_file(given, file)
+    sync(file)
+    found = load_file(file)
+    for name, value in given.items():
+        if not torch.equal(_bytes(value), _bytes(found[name])):
+            raise OSError(errno.EIO, f"'{file.name}' reads back otherwise than it was written")
+    return file_hash(file)
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.reshape(-1).view(torch.uint8)
+
+
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    return {**manifest, _SEAL: _seal(manifest)}
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """A checksum of what a manifest says, however it is spaced."""
+    rest = {k: v for k, v in manifest.items() if k != _SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -137,8 +235,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (FORMAT, _UNSEALED):
             raise RunError(f"checkpoint '{path}' has format {manifest['format']}, not {FORMAT}")
+        sealed = manifest["format"] != _UNSEALED or _SEAL in manifest
+        if sealed and manifest[_SEAL] != _seal(manifest):
+            raise RunError(f"checkpoint file '{path / 'manifest.json'}' is damaged (checksum differs)")
         if path.name != f"step-{manifest['step']:08d}":
             raise RunError(f"checkpoint '{path}' says that it is of step {manifest['step']}")
         files = {}
@@ -192,10 +293,7 @@ def restore(
     except (KeyError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise RunError(f"checkpoint '{checkpoint.path}' is not of this model ({line})") from None
-    random = checkpoint.files["random"]
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
+    restore_random(checkpoint.files["random"])
 
 
 def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -225,7 +323,31 @@ def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Opt
 
 
 def _random_tensors() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+    """The global generators' states: torch's, NumPy's and Python's."""
+    _, keys, place, has_gauss, gauss = np.random.get_state()
+    _, words, spare = random.getstate()
+    states = {
+        "cpu": torch.get_rng_state(),
+        "numpy": torch.tensor([*keys.tolist(), place, has_gauss]),
+        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor(math.nan if spare is None else spare, dtype=torch.float64),
+    }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
+
+
+def restore_random(states: Mapping[str, Tensor]) -> None:
+    """Put the global generators back; a checkpoint of an earlier version has torch's alone."""
+    torch.set_rng_state(states["cpu"])
+    if "numpy" in states:
+        *keys, place, has_gauss = states["numpy"].tolist()
+        gauss = states["numpy_gauss"].item()
+        np.random.set_state(("MT19937", np.array(keys, np.uint32), place, has_gauss, gauss))
+    if "python" in states:
+        spare = states["python_gauss"].item()
+        words = tuple(states["python"].tolist())
+        random.setstate((3, words, None if math.isnan(spare) else spare))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -23,7 +23,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._images = 0.0
+        self._images = self._before = 0.0
         self._norms = torch.zeros((), device=self.device)
         self._steps = 0
         self.waited = 0.0
@@ -42,6 +42,25 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave some time out of the speed."""
         self._since += seconds
+
+    def state(self, runtime: Runtime) -> dict[str, Tensor]:
+        """The sums since the last log line, as means over processes, for a checkpoint."""
+        sums = {f"sum/{name}": value for name, value in self._sums.items()}
+        if runtime.share.world > 1:
+            sums = {k: runtime.sum(v.clone()) / runtime.share.world for k, v in sums.items()}
+        counts = torch.tensor([self._images, self._steps], dtype=torch.float64)
+        return {"counts": counts, "norms": self._norms.clone(), **sums}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such sums, so that the next line says what it would have said."""
+        self._images, steps = state["counts"].tolist()
+        self._steps, self._before = int(steps), self._images
+        self._norms = state["norms"].to(self.device)
+        self._sums = {
+            name.removeprefix("sum/"): value.to(self.device)
+            for name, value in state.items()
+            if name.startswith("sum/")
+        }
 
     def check(self) -> None:
         """Raise NonFiniteError if a gradient was no number since the last look."""
@@ -62,7 +81,7 @@ class Meter:
         values = dict(zip(names, means, strict=True))
         values["grad_norm"] = float(self._norms) / max(1, self._steps)
         elapsed = max(1e-9, time.monotonic() - self._since)
-        speed = self._images * runtime.share.world / elapsed
+        speed = (self._images - self._before) * runtime.share.world / elapsed
         waiting = min(1.0, self.waited / elapsed)
         self._reset()
         return values, waiting, speed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from featdistill.core.records import sync
 from featdistill.engine.rundir import read_metrics
 
 log = logging.getLogger("featdistill")
@@ -46,7 +48,11 @@ class MetricsLog:
         file = folder / "metrics.jsonl"
         kept = [row for row in read_metrics(file) if row["step"] <= resume_at]
         text = "".join(json.dumps(row) + "\n" for row in kept) if resume_at else ""
-        file.write_text(text, encoding="utf-8")
+        # never a moment without the lines so far: a kill may come between any two calls
+        begun = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        begun.write_text(text, encoding="utf-8")
+        sync(begun)
+        os.replace(begun, file)
         self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed below
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -61,6 +67,11 @@ class MetricsLog:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Wait until the lines so far are on the disk: a checkpoint's step never goes before them."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
