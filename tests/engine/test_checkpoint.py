@@ -140,7 +140,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "manifest a list": lambda p: _edit(p / "manifest.json", lambda d: b"[]"),
     "manifest not text": lambda p: _edit(p / "manifest.json", lambda d: b"\xff" + d),
     "another format": lambda p: _edit(
-        p / "manifest.json", lambda d: d.replace(b'"format": 1', b'"format": 99')
+        p / "manifest.json", lambda d: d.replace(b'"format": 2', b'"format": 99')
     ),
     "checksums no table": lambda p: _edit(
         p / "manifest.json", lambda d: json.dumps({"format": 1, "step": 2, "sha256": []}).encode()

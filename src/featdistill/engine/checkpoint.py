@@ -120,8 +120,9 @@ class Checkpoints:
         """Delete a checkpoint; a kill meanwhile leaves no half of it under its name."""
         name = f"step-{step:08d}"
         doomed = self.folder / f"{_DELETED}{name}"
-        os.rename(self.folder / name, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        with suppress(OSError):  # one too many is no reason to end a run
+            os.rename(self.folder / name, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def sweep(self) -> None:
         """Clear up after a process that was killed while it wrote, replaced or deleted."""
@@ -239,7 +240,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
             raise RunError(f"checkpoint '{path}' has format {manifest['format']}, not {FORMAT}")
         sealed = manifest["format"] != _UNSEALED or _SEAL in manifest
         if sealed and manifest[_SEAL] != _seal(manifest):
-            raise RunError(f"checkpoint file '{path / 'manifest.json'}' is damaged (checksum differs)")
+            raise RunError(
+                f"checkpoint file '{path / 'manifest.json'}' is damaged (checksum differs)"
+            )
         if path.name != f"step-{manifest['step']:08d}":
             raise RunError(f"checkpoint '{path}' says that it is of step {manifest['step']}")
         files = {}
@@ -324,7 +327,9 @@ def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Opt
 
 def _random_tensors() -> dict[str, Tensor]:
     """The global generators' states: torch's, NumPy's and Python's."""
-    _, keys, place, has_gauss, gauss = np.random.get_state()
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
+    assert kind == "MT19937"
+    assert isinstance(keys, np.ndarray)
     _, words, spare = random.getstate()
     states = {
         "cpu": torch.get_rng_state(),
