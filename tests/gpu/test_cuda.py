@@ -140,3 +140,32 @@ def test_landscape_and_curvature_are_those_of_the_cpu(tmp_path: Path) -> None:
         found[device] = losses_there.ravel().tolist(), record["eigenvalues"]
     for here, there in zip(found["cpu"], found["cuda"], strict=True):
         assert there == pytest.approx(here, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"solver": "sgd", "weight_decays": [1e-5], "lrs": [1.0], "probe": {"grid": {"steps": 200}}},
+        {"style": "online", "steps": 20, "batch_size": 64, "lr": 0.1},
+    ],
+    ids=["lbfgs", "sgd", "online"],
+)
+def test_a_probe_on_cuda_is_that_of_the_cpu(tmp_path: Path, options: dict[str, Any]) -> None:
+    model = {"model": "timm/vit_tiny_patch16_224", "weights": "random", "image_size": 32}
+    found = []
+    for device in ("cpu", "cuda"):
+        common = {"data": "digits", "workers": 0, "device": device, "seeds": [1]}
+        run = {"precision": "float32", "tensorboard": False}
+        done = featdistill.probe(out=tmp_path / device, run=run, **model, **common, **options)
+        found.append(done.top1["timm/vit_tiny_patch16_224"])
+    assert found[1] == pytest.approx(found[0], abs=0.01)
+
+
+def test_knn_on_cuda_is_that_of_the_cpu() -> None:
+    model = {"model": "timm/vit_tiny_patch16_224", "weights": "random", "image_size": 32}
+    one, two = (
+        featdistill.knn(data="digits", workers=0, device=d, **model) for d in ("cpu", "cuda")
+    )
+    for k, top1 in one.top1["timm/vit_tiny_patch16_224"].items():
+        assert two.top1["timm/vit_tiny_patch16_224"][k] == pytest.approx(top1, abs=0.005)

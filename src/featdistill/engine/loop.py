@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,15 @@ from featdistill.data.views import View
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.batchnorm import JointBatchNorm2d
 from featdistill.engine.best import Best, Choice
-from featdistill.engine.checkpoint import Checkpoints, restore, training_state
+from featdistill.engine.checkpoint import Checkpoint, Checkpoints, restore, training_state
 from featdistill.engine.cost import CostMeter, Spent
+from featdistill.engine.fingerprint import check_data, fingerprint
 from featdistill.engine.meter import Meter
 from featdistill.engine.optimizer import set_rates
 from featdistill.engine.quarantine import Quarantine
-from featdistill.engine.runtime import Prepared, Runtime
+from featdistill.engine.runtime import Prepared, Runtime, StopVote
 from featdistill.engine.schedule import Schedule
-from featdistill.engine.signals import StopRequest, stop_on_signals
+from featdistill.engine.signals import StopRequest, requeue, shield_worker, stop_on_signals
 from featdistill.engine.tracking import Bar, MetricsLog, duration, say
 
 
@@ -182,17 +184,18 @@ def _fit(
     wrapped, stepper = runtime.prepare(objective, optimizer)
     if average is not None:
         average.start()  # only now are the weights on their device
+    data = runtime.first_does(lambda: fingerprint(plan.source))
+    meter = Meter(runtime.device)
     start, earlier = 0, Spent()
-    if resume and (checkpoint := checkpoints.latest()) is not None:
-        before, now = checkpoint.manifest.get("data_images"), len(plan.source)
-        if before != now:
-            raise DataError(
-                f"the run began with {before} images of '{plan.source.name}', now there are {now}",
-                fix="put the data back, or begin a new run",
-            )
+    if resume and (checkpoint := _checkpoint_of(checkpoints, runtime)) is not None:
+        check_data(checkpoint.manifest, data, plan.source)
         restore(checkpoint, objective, optimizer, average)
+        if "meter" in checkpoint.files:
+            meter.restore(checkpoint.files["meter"])
         start, earlier = checkpoint.step, Spent.of_manifest(checkpoint.manifest)
         say(f"resumed at step {start} from {checkpoint.path}")
+    elif resume:
+        say("no checkpoint was written yet: the run begins again at its first step")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
     metrics = MetricsLog(folder, resume_at=start, tensorboard=plan.tensorboard, first=runtime.first)
     limit = plan.bad_image_limit
@@ -210,6 +213,8 @@ def _fit(
         quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
         evaluate=evaluate,
         average=average,
+        meter=meter,
+        data=data,
         best=Best(checkpoints.folder / "best", plan.best, resume=resume)
         if plan.best and runtime.first
         else None,
@@ -217,6 +222,17 @@ def _fit(
     )
     with closing(metrics), stop_on_signals() as request:
         return loop.run(start, stop, request)
+
+
+def _checkpoint_of(checkpoints: Checkpoints, runtime: Runtime) -> Checkpoint | None:
+    """The checkpoint to go on from, which the first process chooses for all."""
+
+    def choose() -> int | None:
+        found = checkpoints.recover()
+        return None if found is None else found.step
+
+    step = runtime.first_does(choose)
+    return None if step is None else checkpoints.read(step)
 
 
 @dataclass
@@ -229,6 +245,8 @@ class _Loop:
     runtime: Runtime
     metrics: MetricsLog
     checkpoints: Checkpoints
+    meter: Meter
+    data: Mapping[str, Any]  # the source's fingerprint
     cost: CostMeter
     spent: Spent  # as the newest checkpoint has it
     quarantine: Quarantine
@@ -240,7 +258,7 @@ class _Loop:
 
     def run(self, start: int, stop: int, request: StopRequest) -> FitResult:
         plan, began = self.plan, time.monotonic()
-        meter = Meter(self.runtime.device)
+        meter, vote = self.meter, StopVote(self.runtime)
         every = plan.steps_between_evaluations
         self.bar.start(plan.schedule.steps, start)
         self.objective.train()
@@ -257,23 +275,28 @@ class _Loop:
                     self._log(done, meter, start, began)
                 if self.evaluate and (done % every == 0 or done == plan.schedule.steps):
                     self._evaluate(done, meter)
-                stopping = request.signal is not None
-                if done % plan.checkpoint_every == 0 or final or stopping:
+                asked = vote.cast(request.signal)
+                if done % plan.checkpoint_every == 0 or final or asked:
                     meter.check()
                     self._save(done)
                     saved = done
-                if stopping and not final:
-                    assert request.signal is not None
-                    raise Interrupted(
-                        f"stopped at step {done} of {plan.schedule.steps}; the state is saved",
-                        signal_number=request.signal,
-                        fix="go on with the same command and --resume",
-                    )
+                if asked and not final:
+                    self._stop(done, asked)
         finally:
             self.bar.stop()
+        vote.close()
         assert saved == max(start, stop)
         finished = stop == plan.schedule.steps
         return FitResult(stop, finished, self.spent.seconds, self.last, self.spent.joules)
+
+    def _stop(self, done: int, asked: int) -> NoReturn:
+        if asked == signal.SIGUSR1 and self.runtime.first and (line := requeue()):
+            say(line)
+        raise Interrupted(
+            f"stopped at step {done} of {self.plan.schedule.steps}; the state is saved",
+            signal_number=asked,
+            fix="go on with the same command and --resume",
+        )
 
     def _batches(self, start: int, stop: int, meter: Meter) -> Iterator[Batch]:
         """Batches of the steps to do, timing how long the loop waits for them."""
@@ -290,6 +313,7 @@ class _Loop:
             share=self.runtime.share,
             pin_memory=self.runtime.device.type == "cuda",
         )
+        loader.worker_init_fn = shield_worker
         iterator = plainly(loader)
         while True:
             before = time.monotonic()
@@ -373,8 +397,12 @@ class _Loop:
     def _save(self, done: int) -> None:
         spent = self.cost.now()
         self.spent = replace(spent, joules=self.runtime.sum_known(spent.joules))
-        if self.runtime.first:
+        meter = self.meter.state(self.runtime)
+
+        def save() -> None:
+            self.metrics.sync()
             state = training_state(self.objective, self.optimizer, self.average)
-            extra = {"data_images": len(self.plan.source), **asdict(self.spent)}
-            self.checkpoints.save(done, state, extra)
-        self.runtime.barrier()
+            extra = {"data_images": len(self.plan.source), "data": self.data, **asdict(self.spent)}
+            self.checkpoints.save(done, {**state, "meter": meter}, extra)
+
+        self.runtime.first_does(save)

@@ -6,20 +6,21 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from featdistill.core.errors import RunError
+from featdistill.core.errors import FeatDistillError, RunError
 from featdistill.core.types import Batch, Loss
 from featdistill.data.loader import Share
 from featdistill.engine.cost import Counter, Nothing, energy_counter
 from featdistill.engine.tracking import console
 
+T = TypeVar("T")
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "float32", "bf16"]
 AttentionName = Literal["auto", "fused", "naive"]
@@ -211,6 +212,26 @@ class Runtime:
             for rank, part in enumerate(parts)
         ]
 
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What the first process finds, everywhere; and its mistake is everybody's.
+
+        Raises:
+            FeatDistillError: the first process's.
+        """
+        if self.share.world == 1:
+            return work()
+        value: T | None = None
+        error: FeatDistillError | None = None
+        if self.first:
+            try:
+                value = work()
+            except FeatDistillError as found:
+                error = found
+        value, error = self.fabric.broadcast((value, error))
+        if error is not None:
+            raise error
+        return cast(T, value)
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.fabric.barrier()
@@ -218,6 +239,44 @@ class Runtime:
     def autocast(self) -> Any:
         """The precision's context, for passes outside the wrapped objective."""
         return self.fabric.autocast()
+
+
+class StopVote:
+    """Lets several processes stop after the same step, whichever of them was asked to.
+
+    A step's vote is counted while the next one is computed, on the CPU: nobody waits for a device.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._group: Any = None
+        self._pending: tuple[Tensor, Any] | None = None
+        if runtime.share.world > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def cast(self, number: int | None) -> int | None:
+        """After each step: the signal that this process was asked by, if any.
+
+        Returns:
+            The signal that all processes stop for now; of several processes, that of the last step.
+        """
+        if self._group is None:
+            return number
+        found = self.close()
+        vote = torch.tensor(number or 0)
+        work = torch.distributed.all_reduce(
+            vote, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+        self._pending = vote, work
+        return found
+
+    def close(self) -> int | None:
+        """Wait for the votes that are out."""
+        if self._pending is None:
+            return None
+        vote, work = self._pending
+        self._pending = None
+        work.wait()
+        return int(vote) or None
 
 
 def limit_threads(threads: int | None = None) -> None:
