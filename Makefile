@@ -1,13 +1,13 @@
 # make quickstart   install and run the whole loop on embedded data (minutes, offline after install)
 # make test         linters, types, import contract, tests
-# make test-faults  kills, damage and hostile files: at most half an hour
 # make test-slow    what takes longer: every tensor of every checkpoint format, the whole catalogue
+# make test-faults  kills, damage and hostile files (docs/reliability.md): at most half an hour
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint unit test-faults test-slow test-gpu constraints clean
+.PHONY: quickstart test lint unit test-slow test-faults test-gpu constraints clean
 
 quickstart: $(STAMP)
 	@if [ -e runs/quickstart ]; then echo "removing the last quickstart's runs/quickstart"; fi
@@ -23,13 +23,13 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	$(BIN)/pytest -q -m "not slow and not faults and not gpu"
-
-test-faults: $(STAMP)
-	$(BIN)/pytest -q -m "faults and not gpu"
+	$(BIN)/pytest -q -m "not slow and not gpu and not faults"
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -q -m "slow and not gpu"
+	$(BIN)/pytest -q -m "slow and not gpu and not faults"
+
+test-faults: $(STAMP)
+	$(BIN)/pytest -q tests/faults
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -m gpu

@@ -1,0 +1,1 @@
+"""Promises that are tested by killing what made them (docs/reliability.md)."""

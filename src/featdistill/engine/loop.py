@@ -271,7 +271,8 @@ class _Loop:
                 self._step(step, batch, meter)
                 done = step + 1
                 final = done == stop
-                if done % plan.log_every == 0 or final:
+                # a stop to be resumed logs nothing more: the line to come is of both sessions
+                if done % plan.log_every == 0 or done == plan.schedule.steps:
                     self._log(done, meter, start, began)
                 if self.evaluate and (done % every == 0 or done == plan.schedule.steps):
                     self._evaluate(done, meter)

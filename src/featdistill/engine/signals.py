@@ -22,7 +22,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch signals that ask for an end for a block; a second one acts at once, as it always did."""
+    """Catch signals that ask for an end; a second one acts at once, as it always did."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -69,7 +69,7 @@ class MetricsLog:
                 self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
-        """Wait until the lines so far are on the disk: a checkpoint's step never goes before them."""
+        """Wait until the lines so far are on the disk, before a checkpoint of their step is."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
