@@ -1,0 +1,188 @@
+"""A kill before or after any write, rename or sync leaves a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from featdistill.core import records
+from featdistill.engine import checkpoint
+from featdistill.engine.checkpoint import Checkpoints
+from tests.faults.harness import CONTEXT, Victim, digest, finish, said
+from tests.faults.victim import session
+
+# every call by which a run changes what is on the disk, other than through an open file
+CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
+
+
+def count_calls(folder: Path, options: dict[str, Any]) -> None:
+    """A session that writes down how many calls it made, or is killed around the k-th."""
+    kill_at, after = options.pop("kill_at", None), options.pop("after", False)
+    made = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made == kill_at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*arguments, **more)
+            if made == kill_at and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    # shutil took these when it was imported, and safetensors writes by itself
+    checkpoint.save_file = counted(checkpoint.save_file)  # type: ignore[attr-defined]
+    session(folder, options)
+    (folder / "calls").write_text(str(made))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped at step 6 with checkpoints of 3 and 6: the next save also deletes."""
+    folder = tmp_path_factory.mktemp("stopped")
+    finish(folder, resume=False, stop_at=6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calls(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many calls there are from step 6 to step 9: an evaluation, a best state, a checkpoint."""
+    folder = tmp_path_factory.mktemp("counted") / "run"
+    shutil.copytree(stopped, folder)
+    assert Victim(folder, target=count_calls, resume=True, stop_at=9).end() == 0
+    return int((folder / "calls").read_text())
+
+
+def survives(folder: Path) -> None:
+    """There is a whole checkpoint at every moment."""
+    found = Checkpoints(folder / "checkpoints").latest()
+    assert found is not None
+    assert found.step in (6, 9)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_kill_around_every_call(
+    after: bool, stopped: Path, calls: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    assert calls > 25, "a save alone makes more"
+    for k in range(1, calls + 1):
+        folder = Path(shutil.copytree(stopped, tmp_path / str(k)))
+        victim = Victim(folder, target=count_calls, resume=True, stop_at=9, kill_at=k, after=after)
+        assert victim.end() == -signal.SIGKILL, f"call {k}"
+        survives(folder)
+        finish(folder, resume=True)
+        assert digest(folder) == digest(undisturbed), f"call {k}"
+        left = sorted(p.name for p in (folder / "checkpoints").iterdir())
+        assert left == ["best", "step-00000027", "step-00000030"], f"call {k}"
+        assert not list((folder / "checkpoints/best").glob(".*")), f"call {k}"
+        assert "WARNING" not in said(folder), f"call {k}"
+        shutil.rmtree(folder)
+
+
+def test_a_kill_around_some_calls(
+    stopped: Path, calls: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    for k in (2, calls // 2, calls - 1):
+        folder = Path(shutil.copytree(stopped, tmp_path / str(k)))
+        options: dict[str, Any] = {"resume": True, "stop_at": 9, "kill_at": k}
+        assert Victim(folder, target=count_calls, **options).end() == -signal.SIGKILL
+        survives(folder)
+        finish(folder, resume=True)
+        assert digest(folder) == digest(undisturbed), f"call {k}"
+
+
+def cut_writes(folder: Path, options: dict[str, Any]) -> None:
+    """A session that the kernel kills at the byte where a file would grow past a limit."""
+    limit = options.pop("limit")
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    session(folder, options)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        pytest.param(share, marks=() if share == 0.5 else pytest.mark.faults)
+        for share in (0.01, 0.2, 0.5, 0.8, 0.999)
+    ],
+)
+def test_a_kill_in_the_midst_of_a_write(
+    share: float, stopped: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The kernel lets a part of the largest file be written, and no more."""
+    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    saved = folder / "checkpoints/step-00000006"
+    largest = max(file.stat().st_size for file in saved.iterdir())
+    limit = max(int(share * largest), (folder / "metrics.jsonl").stat().st_size + 400)
+    victim = Victim(folder, target=cut_writes, resume=True, limit=limit)
+    assert victim.end() == -signal.SIGXFSZ
+    survives(folder)
+    finish(folder, resume=True)
+    assert digest(folder) == digest(undisturbed)
+
+
+def replace_and_die(folder: Path, options: dict[str, Any]) -> None:
+    """Save a step that is there already, and be killed after some renames."""
+    left = options["renames"]
+    real = os.rename
+
+    def rename(*arguments: Any) -> None:
+        nonlocal left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        real(*arguments)
+
+    with patch.object(os, "rename", rename):
+        Checkpoints(folder).save(1, {"model": {"w": torch.ones(3)}}, {"new": True})
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_kill_while_a_step_is_saved_again(renames: int, tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path)
+    store.save(1, {"model": {"w": torch.ones(3)}}, {"new": False})
+    process = CONTEXT.Process(target=replace_and_die, args=(tmp_path, {"renames": renames}))
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if renames == 2 else -signal.SIGKILL)
+    found = store.recover()
+    assert found is not None
+    assert found.manifest["new"] is (renames == 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_disk_that_keeps_other_bytes_is_found_out_before_anything_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Checkpoints(tmp_path, keep=1)
+    store.save(1, {"model": {"w": torch.ones(3)}}, {})
+    real = checkpoint.sync
+
+    def forgetful(path: Path) -> None:
+        if path.suffix == ".safetensors":
+            data = bytearray(path.read_bytes())
+            data[-1] ^= 1
+            path.write_bytes(data)
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "sync", forgetful)
+    with pytest.raises(records.RunError, match="reads back otherwise"):
+        store.save(2, {"model": {"w": torch.ones(3)}}, {})
+    assert store.steps() == [1]
+    assert store.latest() is not None
