@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from featdistill.core.errors import RunError
 from featdistill.core.records import sync
 from featdistill.engine.rundir import read_metrics
 
@@ -45,15 +46,18 @@ class MetricsLog:
         self._board: Any = None
         if not first:
             return
-        file = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(file) if row["step"] <= resume_at]
-        text = "".join(json.dumps(row) + "\n" for row in kept) if resume_at else ""
-        # never a moment without the lines so far: a kill may come between any two calls
-        begun = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        begun.write_text(text, encoding="utf-8")
-        sync(begun)
-        os.replace(begun, file)
-        self._file = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed below
+        file = self._path = folder / "metrics.jsonl"
+        try:
+            kept = [row for row in read_metrics(file) if row["step"] <= resume_at]
+            text = "".join(json.dumps(row) + "\n" for row in kept) if resume_at else ""
+            # never a moment without the lines so far: a kill may come between any two calls
+            begun = file.with_name(f".{file.name}.tmp")
+            begun.write_text(text, encoding="utf-8")
+            sync(begun)
+            os.replace(begun, file)
+            self._file = open(file, "ab", buffering=0)  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise self._refused(error) from None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -63,15 +67,30 @@ class MetricsLog:
         """Log scalars of a step (1 is the first)."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise self._refused(error) from None
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Wait until the lines so far are on the disk, before a checkpoint of their step is."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: OSError) -> RunError:
+        return RunError(
+            f"cannot write '{self._path}' ({error.strerror or error})",
+            fix="make room, then go on with the same command and --resume",
+        )
 
     def close(self) -> None:
         if self._file is not None:
