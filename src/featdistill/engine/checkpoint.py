@@ -19,7 +19,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -336,8 +335,9 @@ def _random_tensors() -> dict[str, Tensor]:
         "numpy": torch.tensor([*keys.tolist(), place, has_gauss]),
         "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
         "python": torch.tensor(words),
-        "python_gauss": torch.tensor(math.nan if spare is None else spare, dtype=torch.float64),
     }
+    if spare is not None:
+        states["python_gauss"] = torch.tensor(spare, dtype=torch.float64)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
@@ -351,8 +351,7 @@ def restore_random(states: Mapping[str, Tensor]) -> None:
         gauss = states["numpy_gauss"].item()
         np.random.set_state(("MT19937", np.array(keys, np.uint32), place, has_gauss, gauss))
     if "python" in states:
-        spare = states["python_gauss"].item()
-        words = tuple(states["python"].tolist())
-        random.setstate((3, words, None if math.isnan(spare) else spare))
+        spare = states["python_gauss"].item() if "python_gauss" in states else None
+        random.setstate((3, tuple(states["python"].tolist()), spare))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
