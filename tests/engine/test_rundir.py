@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,3 +178,21 @@ def test_an_option_that_is_no_more_is_named(tmp_path: Path) -> None:
     (out / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(RunError, match=r"optimizer\.momentum: 0\.5 -> None"):
         open_run(str(out), config(out, resume=True), resume=True)
+
+
+def test_another_machine_is_told_and_not_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    open_run(str(tmp_path), config(tmp_path), resume=True)
+    assert "WARNING" not in capsys.readouterr().err
+    file = tmp_path / "environment.json"
+    known = json.loads(file.read_text())
+    versions = {**known["versions"], "torch": "1.0"}
+    file.write_text(json.dumps({**known, "threads": 77, "versions": versions}))
+    open_run(str(tmp_path), config(tmp_path), resume=True)
+    line = capsys.readouterr().err
+    for part in ("threads: 77 -> ", "versions.torch: 1.0 -> ", "not to the very same bits"):
+        assert part in line
+    assert part in (tmp_path / "log.txt").read_text()
+    assert json.loads(file.read_text())["threads"] != 77

@@ -22,6 +22,9 @@ log = logging.getLogger("featdistill")
 
 _WEIGHTS = "weights.json"
 
+# what the last bit of a run's weights depends on, in environment.json
+_BITS = ("threads", "cpu_capability", "devices", "python", "versions")
+
 # what may differ between a run and its continuation, because it changes no weight
 _HARMLESS = frozenset(
     (
@@ -119,12 +122,17 @@ def open_run(
             begun = path / f".config.{os.getpid()}.yaml"
             begun.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             os.replace(begun, path / "config.yaml")
-        write_json(path / "environment.json", environment())
+        here = environment()
+        notes = _notes(path, here) if resume else []
+        write_json(path / "environment.json", here)
     except OSError as error:
         raise RunError(
             f"cannot write to output '{out}' ({error.strerror or error})", fix="give another --out"
         ) from None
     _log_to(path / "log.txt")
+    for note in notes:
+        log.warning(note)
+        print(note, file=sys.stderr)
     return path
 
 
@@ -140,6 +148,27 @@ def _claim(path: Path, out: str, resume: bool) -> None:
     check_out(out, resume=resume)  # once more: another launch may have begun, and ended, since
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _notes(path: Path, here: Mapping[str, Any]) -> list[str]:
+    """What differs from the machine of the session before, and may cost the last bit."""
+    try:
+        before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        old, new = ({k: env[k] for k in _BITS} for env in (before, here))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # unknown: it is written anew
+    old, new = flatten(old), flatten(new)
+    differ = [
+        f"{key}: {old.get(key)} -> {new.get(key)}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if not differ:
+        return []
+    return [
+        f"WARNING: this session computes elsewhere than the last one ({'; '.join(differ)}): the "
+        "run goes on, but not to the very same bits"
+    ]
 
 
 def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bool:
