@@ -153,7 +153,7 @@ def _claim(path: Path, out: str, resume: bool) -> None:
 def _notes(path: Path, here: Mapping[str, Any]) -> list[str]:
     """What differs from the machine of the session before, and may cost the last bit."""
     try:
-        before = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+        before = parse_json((path / "environment.json").read_text(encoding="utf-8"))
         old, new = ({k: env[k] for k in _BITS} for env in (before, here))
     except (OSError, ValueError, KeyError, TypeError):
         return []  # unknown: it is written anew
