@@ -15,6 +15,7 @@ import torch
 
 from featdistill.core.errors import RunError
 from featdistill.engine.checkpoint import Checkpoints
+from featdistill.engine.lock import released
 from featdistill.engine.rundir import open_run, read_metrics
 from featdistill.engine.tracking import MetricsLog
 from tests.engine.test_rundir import _own_log, config  # noqa: F401 - its log is put back
@@ -113,12 +114,13 @@ def test_a_full_disk_for_the_metrics(small_disk: Path) -> None:
 
 def test_a_disk_that_is_read_only(small_disk: Path) -> None:
     out = small_disk / "run"
-    open_run(str(out), config(out), resume=False)
+    with released():  # its lock, and the log below: a file that is open for writing keeps a disk
+        open_run(str(out), config(out), resume=False)  # from becoming read-only
     store = Checkpoints(out / "checkpoints")
     store.save(1, {"model": {"w": torch.ones(3)}}, {})
     before = content(out)
     for handler in logging.getLogger("featdistill").handlers:
-        handler.close()  # a file that is open for writing keeps a disk from becoming read-only
+        handler.close()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     try:
         with pytest.raises(RunError, match=r"cannot write the checkpoint .*Read-only file system"):
