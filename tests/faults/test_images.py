@@ -38,10 +38,10 @@ def test_twenty_thousand_mutated_files() -> None:
 
 def test_the_watchdog_and_the_limit_are_there() -> None:
     """Negative control: a file that hangs the reader, and one that eats memory, end the process."""
-    for body, code in (("while True: pass", -14), ("bytearray(8 << 30)", 1)):
+    for body, seconds, code in (("while True: pass", 1, -14), ("bytearray(8 << 30)", 60, 1)):
         program = (
             "from tests.faults import fuzz_images as f\n"
-            "f.SECONDS = 1\n"
+            f"f.SECONDS = {seconds}\n"
             f"def read(folder, data):\n    {body}\n    return []\n"
             "f.read = read\n"
             "f.main(0, 1)\n"
