@@ -107,7 +107,8 @@ class _OnlineFit:
             seed=self.seed,
         )
         schedule = schedule_for(config, len(source))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if runtime.first:  # another's folder would make the run's look taken, before it is claimed
+            self.folder.mkdir(parents=True, exist_ok=True)
         result = fit(
             objective,
             _optimizer(objective, online),

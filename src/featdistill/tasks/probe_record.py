@@ -88,7 +88,7 @@ def write_fit(folder: Path, run: SeedProbe) -> None:
 
 
 def read_fit(folder: Path) -> SeedProbe | None:
-    """What an earlier session found under a seed; None if it did not come to that."""
+    """What an earlier run found under a seed; None if it did not come to that."""
     file = folder / _FILE
     if not file.is_file():
         return None
