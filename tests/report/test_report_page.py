@@ -51,7 +51,8 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(text for text in self.texts if text)
+        """All of it; the headline's hyphens, which do not break, as plain ones."""
+        return " ".join(text for text in self.texts if text).replace("\u2011", "-")
 
 
 def test_page_states_verdict_numbers_and_setting(make_comparison: Make) -> None:
