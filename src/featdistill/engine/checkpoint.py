@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featdistill.core.errors import RunError
+from featdistill.core.parsing import parse_json
 from featdistill.core.records import sync, write_json
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.tracking import say
@@ -234,7 +235,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         RunError: a file is absent, damaged or of another format.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] not in (FORMAT, _UNSEALED):
             raise RunError(f"checkpoint '{path}' has format {manifest['format']}, not {FORMAT}")
         sealed = manifest["format"] != _UNSEALED or _SEAL in manifest

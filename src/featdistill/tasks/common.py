@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +92,26 @@ def images_of(config: DataConfig, *, part: PartName | None = None, seed: int = 0
     if where.is_file() and where.suffix.lower() in EXTENSIONS:
         return FileSource(config.path, where.parent, (where.name,))
     return part_of(data_of(config, seed), part)
+
+
+def naming_problems(
+    models: Sequence[str], *, names: Sequence[str], weights: Sequence[str]
+) -> list[str]:
+    """What is wrong with the names and weights that several models are given, a line each."""
+    count, problems = len(models), []
+    if len(weights) not in (1, count):
+        problems.append(
+            f"--weights given {len(weights)} times for {count} models; expected once, or once for "
+            "each"
+        )
+    if names and len(names) != count:
+        problems.append(
+            f"--name given {len(names)} times for {count} models; expected once for each"
+        )
+    called = names or models
+    if len(set(called)) < len(called):
+        problems.append("two models have the same name; give each its own with --name")
+    return problems
 
 
 def refuse_labels(config: DataConfig) -> None:

@@ -21,7 +21,7 @@ from featdistill.engine.rundir import check_out
 from featdistill.engine.runtime import Runtime, limit_threads
 from featdistill.models.backbone import Backbone
 from featdistill.models.weights import tensors_hash
-from featdistill.tasks.common import images_of, model_of, plain, refuse_labels
+from featdistill.tasks.common import images_of, model_of, naming_problems, plain, refuse_labels
 
 _HOMES = {"attention": "diagnose_attention", "features": "diagnose_features"}
 
@@ -74,23 +74,10 @@ def names_of(config: DiagnoseConfig | LossConfig) -> list[str]:
     Raises:
         ConfigError: names or weights that are too few, too many or the same.
     """
-    count = len(config.models)
-    problems = []
-    if len(config.weights) not in (1, count):
-        problems.append(
-            f"--weights given {len(config.weights)} times for {count} models; expected once, or "
-            "once for each"
-        )
-    if config.names and len(config.names) != count:
-        problems.append(
-            f"--name given {len(config.names)} times for {count} models; expected once for each"
-        )
-    names = list(config.names or config.models)
-    if len(set(names)) < len(names):
-        problems.append("two models have the same name; give each its own with --name")
+    problems = naming_problems(config.models, names=config.names, weights=config.weights)
     if problems:
         raise ConfigError(problems)
-    return names
+    return list(config.names or config.models)
 
 
 def _models(config: DiagnoseConfig, names: list[str], runtime: Runtime) -> dict[str, Backbone]:

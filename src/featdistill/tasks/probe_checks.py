@@ -7,26 +7,16 @@ from featdistill.core.errors import ConfigError
 from featdistill.data.sources import Source
 from featdistill.data.splits import label_budget
 from featdistill.engine.loop import check_batch
+from featdistill.tasks.common import naming_problems
 from featdistill.tasks.probe_grid import labels_of
 from featdistill.tasks.probe_online import schedule_for
 
 
 def check_options(config: ProbeCommandConfig) -> list[str]:
     """The models' names; every option that does not go with the others is said."""
-    count, online = len(config.models), config.probe.style == "online"
-    problems = []
-    if len(config.weights) not in (1, count):
-        problems.append(
-            f"--weights given {len(config.weights)} times for {count} models; expected once, or "
-            "once for each"
-        )
-    if config.names and len(config.names) != count:
-        problems.append(
-            f"--name given {len(config.names)} times for {count} models; expected once for each"
-        )
+    online = config.probe.style == "online"
+    problems = naming_problems(config.models, names=config.names, weights=config.weights)
     names = list(config.names or config.models)
-    if len(set(names)) < len(names):
-        problems.append("two models have the same name; give each its own with --name")
     schedule, run = config.schedule, config.run
     of_online = {
         "--epochs": schedule.epochs is not None,
