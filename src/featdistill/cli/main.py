@@ -31,7 +31,7 @@ SUMMARIES = (
     ("report", "make one page of runs, comparisons and diagnoses"),
     ("models", "list the students, and search timm for teachers"),
     ("recipes", "list the recipes, or print one"),
-    ("bench", "time the diagnostics beside a plain forward pass and a naive way"),
+    ("bench", "time a part of the project beside the same done plainly"),
 )
 
 

@@ -7,6 +7,7 @@ from featdistill.config.commands.base import (
     EvalRunConfig,
     EvalViewConfig,
 )
+from featdistill.config.commands.bench import BenchConfig
 from featdistill.config.commands.comparison import (
     CompareConfig,
 )
@@ -31,7 +32,6 @@ from featdistill.config.commands.training import (
     PretrainConfig,
 )
 from featdistill.config.commands.utilities import (
-    BenchConfig,
     ExportConfig,
     ModelsConfig,
     QuickstartConfig,

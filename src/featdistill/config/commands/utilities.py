@@ -11,7 +11,6 @@ from featdistill.config.commands.base import (
 )
 from featdistill.config.sections import (
     ModelConfig,
-    Positive,
 )
 
 
@@ -96,29 +95,3 @@ class QuickstartConfig(Command):
     seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of everything random")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     resume: bool = Field(False, description="continue what was begun in the output folder")
-
-
-class BenchConfig(Command):
-    """Time a part of the project beside doing it plainly."""
-
-    summary = "time the diagnostics beside a plain forward pass and a naive way"
-    example = "featdistill bench diagnose --batch-size 8"
-    flat = {
-        "what": "what",
-        "model": "model",
-        "image-size": "image_size",
-        "batch-size": "batch_size",
-        "rounds": "rounds",
-        "device": "device",
-    }
-    positional = "what"
-
-    what: Literal["diagnose", "landscape"] = Field(
-        description="what to time: diagnose (attention beside a plain forward pass) or landscape "
-        "(its points beside plain evaluations)"
-    )
-    model: str = Field("timm/vit_base_patch16_224", description="model, with random weights")
-    image_size: Positive | None = Field(None, description="side in pixels; the model's own")
-    batch_size: Positive = Field(8, description="images of a pass, or of an evaluation")
-    rounds: Positive = Field(5, description="rounds in which each takes its turn")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")

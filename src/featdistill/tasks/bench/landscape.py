@@ -1,14 +1,13 @@
-"""What a landscape costs beside evaluating the model as often, without moving its weights."""
+"""`bench landscape`: its points beside evaluating the model as often, without moving it."""
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +18,8 @@ from featdistill.diagnostics.landscape import coordinates, evaluate, stages
 from featdistill.diagnostics.subject import Subject, classifier_subject
 from featdistill.engine.journal import Journal
 from featdistill.engine.runtime import pick_device
-from featdistill.engine.tracking import say
 from featdistill.models.load import load_backbone
+from featdistill.tasks.bench.common import ratio, seconds_of, set_up, table, take_turns
 from featdistill.tasks.landscape_sweep import Place, Sweep
 
 
@@ -34,23 +33,46 @@ class LandscapeCost:
             of the evaluation after it.
         directions: seconds to draw and normalise a plane's directions, once for each plane.
         whole: a landscape of 21x21 points with its rings as a multiple of 441 evaluations.
+        points: of such a landscape.
+        set_up: where and how it ran.
     """
 
     plain: float
     point: float
     directions: float
     whole: float
+    points: int
+    set_up: Mapping[str, Any]
+
+    def lines(self) -> list[str]:
+        at = self.set_up
+        rows = [
+            ("plain evaluation", "1.00", f"{self.plain:.3f} s"),
+            ("point of a landscape", f"{self.point:.3f}", ""),
+            ("directions", f"{self.directions:.2f} s", "once for each plane"),
+            (
+                "21x21 landscape",
+                f"{self.whole:.3f}",
+                f"of 441 evaluations, {self.points} points with its rings",
+            ),
+        ]
+        head = (
+            f"{at['model']}, {at['images']} images, {at['device']}, {at['rounds']} rounds in turn"
+        )
+        return [head, *table(rows)]
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def bench_landscape(config: BenchConfig) -> LandscapeCost:
+def run(config: BenchConfig) -> LandscapeCost:
     """Time points, by the command's own code, beside evaluations of the model as it stands."""
     device = torch.device(pick_device(config.device))
     subject = _subject(config, device)
     sweep = Sweep("plane", [subject], seed=0)
     evaluate(subject)  # warms up, and keeps the images
-    drawing = _seconds(lambda: _draw(subject), device)
+    drawing = seconds_of(lambda: _draw(subject), device)
     places = [(0, Place(0, 0, i / config.rounds, 1.0)) for i in range(config.rounds + 1)]
-    times = []
     with (
         tempfile.TemporaryDirectory() as folder,
         Journal(Path(folder) / "points.jsonl") as journal,
@@ -62,28 +84,18 @@ def bench_landscape(config: BenchConfig) -> LandscapeCost:
             journal.add([place, [value.loss, value.accuracy]])
 
         point()  # draws the directions
-        for _ in range(config.rounds):
-            times.append((_seconds(point, device), _seconds(lambda: evaluate(subject), device)))
-    plain = statistics.median(p for _, p in times)
-    ratio = statistics.median(a / b for a, b in times)
+        works = {"point": point, "plain": lambda: evaluate(subject)}
+        times = take_turns(works, rounds=config.rounds, device=device, warm=0)
+    plain, found = times["plain"].median, ratio(times["point"], times["plain"])
     count = sum(map(len, stages(coordinates(21, 1.0), _radii(), "plane")))
-    whole = (drawing / plain + count * ratio) / 21**2
-    say(
-        f"{config.model}, {config.batch_size} images, {device}, {config.rounds} rounds in turn\n"
-        f"plain evaluation     1.00 ({plain:.3f} s)\n"
-        f"point of a landscape {ratio:.3f}\n"
-        f"directions           {drawing:.2f} s, once for each plane\n"
-        f"21x21 landscape      {whole:.3f} of 441 evaluations, {count} points with its rings"
+    return LandscapeCost(
+        plain=plain,
+        point=found,
+        directions=drawing,
+        whole=(drawing / plain + count * found) / 21**2,
+        points=count,
+        set_up=set_up(device, model=config.model, images=config.batch_size, rounds=config.rounds),
     )
-    return LandscapeCost(plain, ratio, drawing, whole)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
 
 
 def _radii() -> tuple[float, ...]:

@@ -1,12 +1,11 @@
-"""`featdistill bench`: what a part of the project costs, beside what it would cost done plainly."""
+"""`bench diagnose`: the measures of attention beside a forward pass that nobody watches."""
 
 from __future__ import annotations
 
 import resource
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +14,14 @@ from featdistill.config.commands import BenchConfig
 from featdistill.diagnostics.attention_model import LayerAttention, ModelAttention, Tokens
 from featdistill.diagnostics.attention_rows import Rows
 from featdistill.diagnostics.capture import CapturedAttention, capture_attention
-from featdistill.engine.runtime import limit_threads, pick_device
-from featdistill.engine.tracking import say
+from featdistill.engine.runtime import pick_device
 from featdistill.models.backbone import Backbone
 from featdistill.models.load import load_backbone
-from featdistill.tasks.bench_landscape import LandscapeCost, bench_landscape
+from featdistill.tasks.bench.common import ratio, set_up, table, take_turns
 
 
 @dataclass(frozen=True)
-class BenchResult:
+class AttentionCost:
     """Medians over rounds in which the three took turns.
 
     Attributes:
@@ -31,6 +29,7 @@ class BenchResult:
         streamed, naive: as multiples of it; naive keeps all maps, and reduces them afterwards.
         streamed_bytes, naive_bytes: by how much each raises the peak of memory above the forward
             pass's.
+        set_up: where and how it ran.
     """
 
     plain: float
@@ -38,6 +37,26 @@ class BenchResult:
     naive: float
     streamed_bytes: int
     naive_bytes: int
+    set_up: Mapping[str, Any]
+
+    def lines(self) -> list[str]:
+        at = self.set_up
+        rows = [
+            ("plain forward pass", "1.00", f"{self.plain:.3f} s"),
+            ("all of attention", f"{self.streamed:.2f}", _more(self.streamed_bytes)),
+            ("all maps kept first", f"{self.naive:.2f}", _more(self.naive_bytes)),
+        ]
+        head = (
+            f"{at['model']}, {at['images']} images, {at['device']}, {at['rounds']} rounds in turn"
+        )
+        return [head, *table(rows)]
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _more(size: int) -> str:
+    return f"peak memory +{size / 2**20:,.0f} MiB"
 
 
 class _Trial:
@@ -64,16 +83,9 @@ class _Trial:
                 measure.add(Rows(seen.weights, rows.layout))
 
 
-def run(config: BenchConfig) -> BenchResult | LandscapeCost:
-    """Time and weigh it."""
-    limit_threads()
-    if config.what == "landscape":
-        return bench_landscape(config)
-    return _bench_attention(config)
-
-
 @torch.no_grad()
-def _bench_attention(config: BenchConfig) -> BenchResult:
+def run(config: BenchConfig) -> AttentionCost:
+    """Time and weigh it."""
     device = torch.device(pick_device(config.device))
     backbone = load_backbone(config.model, weights="random", image_size=config.image_size)
     backbone.to(device).eval()
@@ -85,33 +97,16 @@ def _bench_attention(config: BenchConfig) -> BenchResult:
     streamed_bytes = _peak(device) - before
     trial.naive()  # needs more than the other, so that its peak is seen after it
     naive_bytes = _peak(device) - before
-    rounds = [
-        [_seconds(f, device) for f in (trial.plain, trial.streamed, trial.naive)]
-        for _ in range(config.rounds)
-    ]
-    result = BenchResult(
-        plain=statistics.median(r[0] for r in rounds),
-        streamed=statistics.median(r[1] / r[0] for r in rounds),
-        naive=statistics.median(r[2] / r[0] for r in rounds),
+    works = {"plain": trial.plain, "streamed": trial.streamed, "naive": trial.naive}
+    times = take_turns(works, rounds=config.rounds, device=device, warm=0)
+    return AttentionCost(
+        plain=times["plain"].median,
+        streamed=ratio(times["streamed"], times["plain"]),
+        naive=ratio(times["naive"], times["plain"]),
         streamed_bytes=streamed_bytes,
         naive_bytes=naive_bytes,
+        set_up=set_up(device, model=config.model, images=len(images), rounds=config.rounds),
     )
-    mib, naive_mib = streamed_bytes / 2**20, naive_bytes / 2**20
-    say(
-        f"{config.model}, {config.batch_size} images, {device}, {config.rounds} rounds in turn\n"
-        f"plain forward pass   1.00 ({result.plain:.3f} s)\n"
-        f"all of attention     {result.streamed:.2f}, peak memory +{mib:,.0f} MiB\n"
-        f"all maps kept first  {result.naive:.2f}, peak memory +{naive_mib:,.0f} MiB"
-    )
-    return result
-
-
-def _seconds(work: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _peak(device: torch.device) -> int:
