@@ -73,6 +73,14 @@ class Head(StrEnum):
     FRESH = "fresh"
 
 
+class Precision(StrEnum):
+    """Arithmetic of the training step."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BF16 = "bf16"
+
+
 class ModelConfig(Section):
     """One model to use, and what its checkpoint file does not say itself."""
 
@@ -111,6 +119,9 @@ class TeacherConfig(ModelConfig):
         "hierarchical teacher whose grid is the student's",
     )
     drop_path: Rate = Field(0.0, description="stochastic depth rate in the teacher")
+    precision: Precision = Field(
+        Precision.AUTO, description="of its pass: float32 or bf16; auto: the run's"
+    )
 
 
 class StudentConfig(Section):
@@ -127,6 +138,11 @@ class StudentConfig(Section):
     )
     init: str = Field("random", description="random, teacher, or a model to continue from")
     drop_path: Rate = Field(0.1, description="stochastic depth rate, growing linearly with depth")
+    drop_path_way: Literal["multiply", "skip"] = Field(
+        "multiply",
+        description="multiply a dropped branch by zero, or skip its computation (ViT, BEiT, Swin "
+        "V2): then a fixed number of a micro-batch's images is dropped, not a random one",
+    )
     width: Positive | None = Field(None, description="channels, instead of the named size's")
     depth: Positive | None = Field(None, description="layers, instead of the named size's")
     heads: Positive | None = Field(None, description="heads, instead of the named size's")
@@ -347,14 +363,6 @@ class PolynomialScheduleConfig(ScheduleConfig):
     final_ratio: float = Field(0.0, ge=0, description="last rate over peak rate")
 
 
-class Precision(StrEnum):
-    """Arithmetic of the training step."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BF16 = "bf16"
-
-
 class RunConfig(Section):
     """Where the run lives and what it runs on."""
 
@@ -363,9 +371,23 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     devices: Positive = Field(1, description="processes on this machine, one a device")
     nodes: Positive = Field(1, description="machines")
-    precision: Precision = Field(Precision.AUTO, description="auto, float32 or bf16")
-    attention: Literal["auto", "fused", "naive"] = Field(
-        "auto", description="attention of the trained model; auto: by device"
+    precision: Precision = Field(
+        Precision.AUTO,
+        description="float32 or bf16; auto: bf16 on CUDA, and for large models on a CPU that is "
+        "measured to be quick at it",
+    )
+    attention: Literal["auto", "fused", "lean", "naive"] = Field(
+        "auto",
+        description="attention of the models, all the same mathematics; auto: lean on a CPU, "
+        "fused on CUDA",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the trained model block by block; auto: off on a CPU"
+    )
+    recompute: bool = Field(
+        False,
+        description="keep only each block's input for the backward pass and compute the rest "
+        "again: less memory, a third more work",
     )
     micro_batches: Positive = Field(1, description="parts in which a batch passes the model")
     threads: Positive | None = Field(

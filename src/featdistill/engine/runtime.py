@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from featdistill.core.errors import FeatDistillError, RunError
 from featdistill.core.types import Batch, Loss
 from featdistill.data.loader import Share
+from featdistill.engine import speed
 from featdistill.engine.cost import Counter, Nothing, energy_counter
 from featdistill.engine.tracking import console
+from featdistill.models.attention import Kind, suit_attention
 
 T = TypeVar("T")
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "float32", "bf16"]
-AttentionName = Literal["auto", "fused", "naive"]
+AttentionName = Literal["auto", "fused", "lean", "naive"]
 
 
 def pick_device(name: DeviceName) -> str:
@@ -59,11 +61,12 @@ class _Shell(nn.Module):
 class Prepared:
     """An objective on its device, under the precision and strategy: `Batch` to `Loss`."""
 
-    def __init__(self, wrapped: Any) -> None:
-        self.wrapped = wrapped
+    def __init__(self, wrapped: Any, runtime: Runtime) -> None:
+        self.wrapped, self.runtime = wrapped, runtime
 
     def __call__(self, batch: Batch) -> Loss:
-        found = self.wrapped(_Box(batch))
+        with self.runtime.autocast():
+            found = self.wrapped(_Box(batch))
         return Loss(found.pop(""), found)
 
 
@@ -74,8 +77,10 @@ class Runtime:
         device: auto, cpu or cuda.
         devices: processes on this machine, one a device.
         nodes: machines.
-        precision: `auto` is bf16 on a CUDA device that has it, and float32 elsewhere.
-        attention: `auto` is naive on CPU, where fused attention with a learnable bias is slower.
+        precision: `auto` is bf16 where it is fast: on a CUDA device that has it, and for a model
+            that `settle` finds large enough on a CPU that is measured to be quick at it.
+        attention: `auto` is fused on CUDA, and lean on a CPU, where fused attention with a
+            learnable bias is slower.
 
     Raises:
         RunError: no such device.
@@ -96,16 +101,18 @@ class Runtime:
                 f"{devices} devices, but this machine has {torch.cuda.device_count()}",
                 fix="give a smaller --run.devices",
             )
+        self._open = precision == "auto" and kind == "cpu"  # until a model is there to ask
         if precision == "auto":
             precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        self.precision = precision
-        names = {"float32": "32-true", "bf16": "bf16-mixed"}
+        self.precision: Literal["float32", "bf16"] = precision
+        if kind == "cpu":
+            speed.keep_memory()
         logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # `describe` says it
         self.fabric = Fabric(
             accelerator=kind,
             devices=devices,
             num_nodes=nodes,
-            precision=names[precision],
+            precision="32-true",  # autocast is `Prepared`'s, which knows the model
             # heads that a classifier leaves unused get no gradient
             strategy="ddp_find_unused_parameters_true" if devices * nodes > 1 else "auto",
         )
@@ -135,14 +142,21 @@ class Runtime:
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         return f"{world} x {name}{threads}, {self.precision}"
 
-    def choose_attention(self, model: nn.Module) -> None:
-        """Set timm's attention layers to fused or naive (the same mathematics)."""
-        fused = self.attention == "fused" or (
-            self.attention == "auto" and self.device.type == "cuda"
-        )
-        for module in model.modules():
-            if isinstance(getattr(module, "fused_attn", None), bool):
-                module.fused_attn = fused  # type: ignore[assignment]
+    def settle(self, model: nn.Module) -> None:
+        """Suit precision and attention to the model that is to be trained (or looked at)."""
+        if self._open and self.first_does(lambda: speed.bf16_pays(model)):
+            self.precision = "bf16"
+        self.suit(model)
+
+    def suit(self, model: nn.Module) -> None:
+        """Set a model's attention layers to the way that is quickest here."""
+        suit_attention(model, self._attention)
+
+    @property
+    def _attention(self) -> Kind:
+        if self.attention != "auto":
+            return self.attention
+        return "fused" if self.device.type == "cuda" else "lean"
 
     def prepare(
         self, objective: nn.Module, optimizer: torch.optim.Optimizer
@@ -152,7 +166,7 @@ class Runtime:
         if mover is not None:
             mover(self.device)
         wrapped, stepper = self.fabric.setup(_Shell(objective), optimizer)
-        return Prepared(wrapped), stepper
+        return Prepared(wrapped, self), stepper
 
     def backward(self, loss: Loss, parts: int) -> None:
         """Backward pass of one of `parts` micro-batches."""
@@ -237,8 +251,8 @@ class Runtime:
         self.fabric.barrier()
 
     def autocast(self) -> Any:
-        """The precision's context, for passes outside the wrapped objective."""
-        return self.fabric.autocast()
+        """The precision's context; a prepared objective brings its own."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class StopVote:

@@ -8,6 +8,7 @@ B batch, P paired prefix tokens, N = P + h w tokens, C student and D teacher cha
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,7 @@ from featdistill.core.errors import ModelError
 from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch, Features, Loss
 from featdistill.models.backbone import Backbone
+from featdistill.models.lowered import lower_weights
 from featdistill.objectives.whitening import (
     Reduce,
     Standardize,
@@ -27,6 +29,7 @@ from featdistill.objectives.whitening import (
     build_whitening,
 )
 
+Precision = Literal["float32", "bf16"]
 TargetName = Literal["map", "gap", "pooled", "logits"]
 DistanceName = Literal["smooth-l1", "mse", "l1", "cosine"]
 ResampleOrder = Literal["before-whitening", "after-whitening"]
@@ -131,6 +134,8 @@ class FeatureDistillation(nn.Module):
         whitening: normalisation of the target.
         loss: distance, with `beta` for smooth-l1.
         layer: the teacher's layer to take the map from.
+        teacher_precision: of its pass, whatever that of the student's; None: the same. In bf16 its
+            weights are kept so from `to_device` on.
         resample_order: whether a map is carried to the student's grid before or after whitening.
         seed: of the projector's initial weights.
 
@@ -148,10 +153,12 @@ class FeatureDistillation(nn.Module):
         loss: DistanceName = "smooth-l1",
         beta: float = 2.0,
         layer: int | Literal["auto", "last"] = "auto",
+        teacher_precision: Precision | None = None,
         resample_order: ResampleOrder = "before-whitening",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.teacher_precision = teacher_precision
         self.target, self.loss, self.beta = target, loss, beta
         self.resample_order = resample_order
         self.student = student
@@ -188,6 +195,8 @@ class FeatureDistillation(nn.Module):
     def to_device(self, device: torch.device) -> None:
         """Move the teacher, which `nn.Module.to` does not see."""
         self.teacher.to(device)
+        if self.teacher_precision == "bf16":
+            lower_weights(self.teacher.model)
 
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's whitened features: (B, N, D), or (B, 1, D) but for the map."""
@@ -212,8 +221,16 @@ class FeatureDistillation(nn.Module):
         if images.shape[-2:] != self.teacher.image_size:
             images = F.interpolate(images, self.teacher.image_size, mode="bilinear", antialias=True)
         layers = () if self.pairing.layer is None else (self.pairing.layer,)
-        features: Features = self.teacher(images, layers, stream=batch.stream, slot_name="teacher")
+        with self._teacher_autocast(images.device.type):
+            features: Features = self.teacher(
+                images, layers, stream=batch.stream, slot_name="teacher"
+            )
         return features
+
+    def _teacher_autocast(self, device: str) -> AbstractContextManager[object]:
+        if self.teacher_precision is None:
+            return nullcontext()
+        return torch.autocast(device, torch.bfloat16, enabled=self.teacher_precision == "bf16")
 
     @torch.no_grad()
     def _raw_targets(self, features: Features) -> tuple[Tensor, bool]:

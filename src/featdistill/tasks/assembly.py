@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from featdistill.config.commands import DistillConfig
+from featdistill.config.sections import Precision
 from featdistill.data.holdout import HeldOut, without
 from featdistill.data.parts import Data
 from featdistill.data.views import CropView
@@ -14,12 +15,20 @@ from featdistill.engine.loop import check_batch
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from featdistill.models.droppath import skip_dropped
 from featdistill.models.load import load_backbone
 from featdistill.models.resize import resize
 from featdistill.models.students import PositionName, build_student
 from featdistill.models.transfer import continue_from, position_of
 from featdistill.objectives.distillation import FeatureDistillation
-from featdistill.tasks.common import data_of, model_of, refuse_labels, runtime_of, schedule_of
+from featdistill.tasks.common import (
+    data_of,
+    model_of,
+    refuse_labels,
+    runtime_of,
+    schedule_of,
+    settle,
+)
 from featdistill.tasks.signal_data import Voters, choice_of, held_out_of, voters_of
 
 
@@ -58,7 +67,14 @@ def assemble(config: DistillConfig) -> Assembly:
     runtime = runtime_of(config.run)
     objective, source, notes = objective_of(config)
     teacher, student = objective.teacher, objective.student
-    runtime.choose_attention(student)
+    settle(runtime, student, config.run)
+    runtime.suit(teacher)
+    if config.teacher.precision is not Precision.AUTO:
+        objective.teacher_precision = config.teacher.precision.value
+    elif runtime.precision == "bf16":
+        objective.teacher_precision = "bf16"
+    if config.student.drop_path_way == "skip":
+        skip_dropped(student.model, student.slot)
     # rendered once at the larger of the two sizes, so that neither model sees enlarged pixels
     side = max(student.image_size[0], teacher.image_size[0])
     view = CropView(side, config.view.crop_scale, config.view.crop_ratio, config.view.flip)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
+from torch import nn
 
 from featdistill.config.sections import (
     DataConfig,
@@ -29,6 +30,7 @@ from featdistill.engine.runtime import Runtime, limit_threads
 from featdistill.engine.schedule import Schedule, build_schedule, scaled_rate
 from featdistill.engine.tracking import say
 from featdistill.models.backbone import Backbone
+from featdistill.models.blocks import compile_blocks, recompute_blocks
 from featdistill.models.load import load_backbone
 
 PartName = Literal["train", "val", "test"]
@@ -130,6 +132,19 @@ def runtime_of(run: RunConfig) -> Runtime:
         precision=run.precision.value,
         attention=run.attention,
     )
+
+
+def settle(runtime: Runtime, model: nn.Module, run: RunConfig) -> None:
+    """Suit a model that is to be trained to the device, and to what the run asks for.
+
+    Raises:
+        ModelError: it cannot be compiled, or cannot recompute its blocks.
+    """
+    runtime.settle(model)
+    if run.recompute:
+        recompute_blocks(model)
+    if run.compile == "on":
+        compile_blocks(model)
 
 
 def schedule_of(

@@ -55,7 +55,12 @@ def run(config: CurvatureConfig) -> CurvatureResult:
     """Measure model after model, and write the record."""
     check_out(config.run.out, resume=config.run.resume)
     limit_threads(config.run.threads)
-    runtime = Runtime(device=config.run.device, devices=config.run.devices, precision="float32")
+    runtime = Runtime(
+        device=config.run.device,
+        devices=config.run.devices,
+        precision="float32",
+        attention="naive",  # which has second derivatives
+    )
     gathered = subjects_of(config, runtime)
     search = Search(
         count=config.top,

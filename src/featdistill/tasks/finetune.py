@@ -35,6 +35,7 @@ from featdistill.tasks.common import (
     plan_of,
     runtime_of,
     schedule_of,
+    settle,
 )
 from featdistill.tasks.finetune_record import (
     by_class,
@@ -130,7 +131,7 @@ def classification(
         head=config.head.value if isinstance(config, FinetuneConfig) else "fresh",
         seed=config.run.seed,
     )
-    runtime.choose_attention(classifier)
+    settle(runtime, classifier, config.run)
     mix = config.mix
     objective = Classification(
         classifier,

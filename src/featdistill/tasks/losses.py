@@ -147,7 +147,7 @@ def _classification(
         quiet=not runtime.first,
     )
     backbone = backbone.to(runtime.device).eval()
-    runtime.choose_attention(backbone)
+    runtime.settle(backbone)
     if not backbone.num_classes:
         fix = "fine-tune or probe it first, or give a run of distill"
         if read_distillation(choice.model.spec) is not None:
@@ -268,7 +268,7 @@ def _distillation(choice: _Choice, config: LossConfig, images: Source, runtime: 
     objective.to(runtime.device)
     objective.to_device(runtime.device)
     for model in (student, objective.teacher):
-        runtime.choose_attention(model)
+        runtime.settle(model)
     side = max(student.image_size[0], objective.teacher.image_size[0])
     return distillation_subject(
         choice.name,

@@ -19,7 +19,15 @@ from featdistill.models.export import export_timm
 from featdistill.models.exports.card import FRESH, public_name
 from featdistill.models.students import build_student
 from featdistill.objectives.contrastive import SimCLR
-from featdistill.tasks.common import data_of, plain, plan_of, refuse_labels, runtime_of, schedule_of
+from featdistill.tasks.common import (
+    data_of,
+    plain,
+    plan_of,
+    refuse_labels,
+    runtime_of,
+    schedule_of,
+    settle,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def run(config: PretrainConfig) -> PretrainResult:
     )
     runtime = runtime_of(config.run)
     objective = _objective(config)
-    runtime.choose_attention(objective.backbone)
+    settle(runtime, objective.backbone, config.run)
     folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
     say(
         f"model  {config.model.name}, {objective.backbone.parameters_count / 1e6:.2f} M "

@@ -62,7 +62,7 @@ def probe_online(
     Raises:
         Interrupted: asked to stop by a signal; the state was saved.
     """
-    runtime.choose_attention(backbone)
+    runtime.settle(backbone)
     vector = vector_of(backbone, config.probe.pool.value, config.probe.layers)
     channels = sum(part.shape[0] for part in parts_of(backbone, vector))
     runs = []

@@ -30,7 +30,7 @@ from featdistill.models.segmenter import (
 from featdistill.models.segmenter_files import Trained, load_segmenter
 from featdistill.objectives.segmentation import Segmentation
 from featdistill.tasks import segment_predict
-from featdistill.tasks.common import model_of, plan_of, runtime_of, schedule_of
+from featdistill.tasks.common import model_of, plan_of, runtime_of, schedule_of, settle
 from featdistill.tasks.segment_parts import (
     counting,
     crop_of,
@@ -124,7 +124,7 @@ def objective_of(
         bias_resampling=config.model.bias_resampling,
         seed=config.run.seed,
     )
-    runtime.choose_attention(segmenter)
+    settle(runtime, segmenter, config.run)
     looks_of(config, segmenter)
     batch, parts = config.data.batch_size, config.run.micro_batches
     check_batch(batch, processes=runtime.share.world, micro_batches=parts)
@@ -275,7 +275,7 @@ def _score(config: SegmentConfig, data: SegmentationData, held: PairSource) -> S
         )
     runtime = runtime_of(config.run)
     segmenter.to(runtime.device)
-    runtime.choose_attention(segmenter)
+    runtime.settle(segmenter)
     looks_of(config, segmenter)
     prior = survey(data, held, quiet=not runtime.first)
     folder = open_run(

@@ -67,7 +67,7 @@ def run(config: SegmentConfig) -> SegmentPredictResult:
     names = _names(source)
     trained = load_segmenter(config.model.spec)
     runtime = runtime_of(config.run)
-    runtime.choose_attention(moved(trained, runtime.device))
+    runtime.settle(moved(trained, runtime.device))
     looks = looks_of(config, trained.segmenter)
     _begin(config, out, trained)
     unreadable = []
