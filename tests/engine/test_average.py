@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ from torch import nn
 
 from featdistill.core.errors import RunError
 from featdistill.engine.average import WeightAverage
-from featdistill.engine.loop import _Loop
-from featdistill.engine.meter import Meter
 from featdistill.engine.optimizer import adamw, parameter_groups, set_rates
 from featdistill.engine.schedule import Schedule
+from featdistill.engine.step import descend
 
 TAKEN, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 
@@ -95,11 +93,8 @@ def test_the_loop_does_not_average_a_step_that_was_not_taken() -> None:
         set_rates(optimizer, Schedule(4, 0, 0.1, 0.1, 0.1), step)
         loss = module(torch.ones(1, 1)).sum() * (1.0 if good else float("nan"))
         loss.backward()
-        loop = SimpleNamespace(
-            optimizer=optimizer, stepper=optimizer, plan=SimpleNamespace(clip=None)
-        )
         before = {k: v.clone() for k, v in average.state_dict().items()}
-        bad = _Loop._descend(loop, Meter(torch.device("cpu")))
+        _, bad = descend(optimizer, optimizer, clip=None)
         average.update(step, bad)
         same = all(torch.equal(v, before[k]) for k, v in average.state_dict().items())
         assert same is not good

@@ -15,9 +15,10 @@ from featdistill.core.types import Batch, Loss
 from featdistill.data.decode import BadImage
 from featdistill.data.sources import ArraySource
 from featdistill.data.views import CropView
+from featdistill.engine.batches import check_batch
 from featdistill.engine.best import Choice, read_best
 from featdistill.engine.checkpoint import Checkpoints
-from featdistill.engine.loop import Plan, check_batch, fit
+from featdistill.engine.loop import Plan, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule

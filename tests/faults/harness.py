@@ -17,7 +17,7 @@ from featdistill.engine.rundir import read_metrics
 from tests.faults import victim
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.victim"])
+CONTEXT.set_forkserver_preload(["tests.faults.victim", "tests.faults.calm"])
 PATIENCE = 120.0  # seconds after which something hangs
 _MEASURED = {"images_per_second", "data_wait"}
 

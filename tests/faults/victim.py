@@ -28,7 +28,7 @@ from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch, Loss
 from featdistill.data.sources import ArraySource
 from featdistill.data.views import CropView
-from featdistill.engine import checkpoint, loop
+from featdistill.engine import checkpoint, loop, step
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.best import Choice
 from featdistill.engine.loop import Plan, fit
@@ -73,7 +73,6 @@ def run(
     workers: int = 0,
     devices: int = 1,
     forget: str | None = None,
-    on_step: Callable[[int], None] | None = None,
     data_seed: int = 0,
     **options: Any,
 ) -> None:
@@ -81,7 +80,6 @@ def run(
 
     Args:
         forget: what the resume is made to leave out, for the negative controls.
-        on_step: called after each step with the number of steps done.
     """
     torch.set_num_threads(1)
     with seeded_globals("victim"):
@@ -113,15 +111,6 @@ def run(
     with ExitStack() as stack:
         for patched in FORGET[forget]:
             stack.enter_context(patched)
-        if on_step is not None:
-            ended = loop._Loop._descend
-
-            def descend(self: Any, meter: Any) -> Tensor:
-                bad = ended(self, meter)
-                on_step(self.objective.done)
-                return bad
-
-            stack.enter_context(patch.object(loop._Loop, "_descend", descend))
         fit(
             objective,
             adamw(groups, betas=(0.9, 0.999)),
@@ -136,11 +125,11 @@ def run(
 
 def _first_step() -> Callable[..., Any]:
     """The learning rate as if the resumed session were the run's first."""
-    real, seen = loop.set_rates, list[int]()
+    real, seen = step.set_rates, list[int]()
 
-    def rates(optimizer: Any, schedule: Any, step: int) -> None:
-        seen.append(step)
-        real(optimizer, schedule, step - seen[0])
+    def rates(optimizer: Any, schedule: Any, number: int) -> None:
+        seen.append(number)
+        real(optimizer, schedule, number - seen[0])
 
     return rates
 
@@ -190,7 +179,7 @@ FORGET: dict[str | None, list[Any]] = {
     "torch's generator": [patch.object(checkpoint, "restore_random", _random_without("cpu"))],
     "NumPy's generator": [patch.object(checkpoint, "restore_random", _random_without("numpy"))],
     "Python's generator": [patch.object(checkpoint, "restore_random", _random_without("python"))],
-    "schedule": [patch.object(loop, "set_rates", _first_step())],
+    "schedule": [patch.object(step, "set_rates", _first_step())],
     "data position": [
         patch.object(
             loop,
@@ -201,7 +190,7 @@ FORGET: dict[str | None, list[Any]] = {
     "optimizer": [patch.object(loop, "restore", _without("optimizer"))],
     "average": [patch.object(loop, "restore", _without("average"))],
     "buffer": [patch.object(loop, "restore", _without("buffer"))],
-    "meter": [patch.object(loop.Meter, "restore", lambda self, state: None)],
+    "meter": [patch.object(loop.Meter, "restore", lambda self, state, runtime: None)],
 }
 
 

@@ -48,12 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(words[0], words[1:])
-    except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.exit_code
     except FeatDistillError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        prefix = "" if isinstance(error, Interrupted) else "error: "
+        for line in () if error.said else str(error).splitlines():
+            print(f"{prefix}{line}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

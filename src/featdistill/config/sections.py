@@ -400,6 +400,14 @@ class RunConfig(Section):
     eval_every: Positive | None = Field(
         None, description="steps between evaluations; a tenth of the run by default"
     )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a step whose loss or gradient is no number, which the weights never see: "
+        "stop, or skip it",
+    )
+    nonfinite_limit: Annotated[int, Field(ge=0)] = Field(
+        10, description="number of steps that a run may skip before it stops"
+    )
     tensorboard: bool = Field(True, description="write TensorBoard events")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class FeatDistillError(Exception):
@@ -13,9 +14,13 @@ class FeatDistillError(Exception):
         given: what was found, with the offending value.
         expected: what would have been right.
         fix: what to do about it, as an imperative.
+
+    Attributes:
+        said: whether another process of the run says it, so that this one need not.
     """
 
     exit_code = 2
+    said = False
 
     def __init__(self, given: str, *, expected: str | None = None, fix: str | None = None) -> None:
         self.given, self.expected, self.fix = given, expected, fix
@@ -25,6 +30,19 @@ class FeatDistillError(Exception):
         if fix:
             parts.append(fix)
         super().__init__("; ".join(parts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For its way to another process, whatever a subclass's arguments are."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(
+    kind: type[FeatDistillError], args: tuple[Any, ...], state: dict[str, Any]
+) -> FeatDistillError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(FeatDistillError):

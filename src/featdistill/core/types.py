@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -129,13 +129,27 @@ class Batch:
 
 @dataclass(frozen=True)
 class Loss:
-    """An objective's value: the total to minimise, and parts worth logging (detached scalars)."""
+    """An objective's value.
+
+    Attributes:
+        total: to minimise.
+        parts: worth logging (detached scalars).
+        watched: sums of what the loss was made of, by name, to tell where a number was lost.
+    """
 
     total: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Splitting = Literal["any", "pairs", "whole"]
 
 
 class Objective(Protocol):
-    """What is learned. An `nn.Module` whose state is what a checkpoint keeps."""
+    """What is learned. An `nn.Module` whose state is what a checkpoint keeps.
+
+    If its loss is no mean over single samples, an attribute `splitting` says into what a batch may
+    be cut: `pairs` of neighbours, or it must stay `whole`.
+    """
 
     def __call__(self, batch: Batch) -> Loss: ...

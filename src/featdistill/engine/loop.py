@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,29 +12,31 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from featdistill.core.errors import DataError, Interrupted
-from featdistill.core.seeds import SampleStream, seeded_globals
+from featdistill.core.errors import Interrupted
+from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.joint_views import JointView
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
 from featdistill.data.views import View
 from featdistill.engine.average import WeightAverage
-from featdistill.engine.batchnorm import JointBatchNorm2d
+from featdistill.engine.batches import check_batch, check_batch_norm
 from featdistill.engine.best import Best, Choice
 from featdistill.engine.checkpoint import Checkpoint, Checkpoints, restore, training_state
 from featdistill.engine.cost import CostMeter, Spent
 from featdistill.engine.fingerprint import check_data, fingerprint
+from featdistill.engine.finite import FiniteWatch, NonFinitePolicy, NonFiniteSteps
+from featdistill.engine.ledger import Books, Ledger
 from featdistill.engine.meter import Meter
-from featdistill.engine.optimizer import set_rates
 from featdistill.engine.quarantine import Quarantine
-from featdistill.engine.runtime import Prepared, Runtime, StopVote
+from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
-from featdistill.engine.signals import StopRequest, requeue, shield_worker, stop_on_signals
+from featdistill.engine.signals import StopRequest, requeue, shielded, stop_on_signals
+from featdistill.engine.step import TrainingStep
 from featdistill.engine.tracking import Bar, MetricsLog, duration, say
+from featdistill.engine.vote import Vote
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Plan:
         eval_every: steps between evaluations; None: a tenth of the run.
         eval_first: evaluate before the first step too.
         best: the score by which the best state is kept beside the newest; None: it is not kept.
+        nonfinite: what becomes of a run with a step whose loss or gradient is no number: it stops,
+            or skips up to `nonfinite_limit` of them. The weights never see such a step.
     """
 
     source: Source
@@ -66,6 +71,8 @@ class Plan:
     best: Choice | None = None
     stop_at: int | None = None
     bad_image_limit: float = 0.01
+    nonfinite: NonFinitePolicy = "stop"
+    nonfinite_limit: int = 10
     tensorboard: bool = True
     title: str = "training"
     quiet: bool = False
@@ -93,45 +100,6 @@ class FitResult:
     seconds: float
     last: Mapping[str, float] = field(default_factory=dict)
     joules: float | None = None
-
-
-def check_batch(batch_size: int, *, processes: int, micro_batches: int, even: bool = False) -> None:
-    """Raise DataError if a global batch cannot be shared out."""
-    parts = processes * micro_batches
-    if batch_size % parts:
-        raise DataError(
-            f"a batch of {batch_size} is not divisible by {processes} processes x "
-            f"{micro_batches} micro-batches",
-            fix=f"give --batch-size {max(1, batch_size // parts) * parts}",
-        )
-    if even and batch_size // parts % 2:
-        raise DataError(
-            f"mixup and cutmix pair images, and {batch_size // parts} a micro-batch is odd",
-            fix="give an even --batch-size, or --mix.mixup 0 --mix.cutmix 0",
-        )
-
-
-def check_batch_norm(objective: nn.Module, *, processes: int, micro_batches: int) -> None:
-    """Raise DataError if a batch norm would see only a part of each batch.
-
-    Those that can see all processes' images (`engine.batchnorm`) may be spread over processes.
-    """
-    norms = [m for m in objective.modules() if isinstance(m, _BatchNorm) and _learns(m)]
-    alone = any(not isinstance(m, JointBatchNorm2d) for m in norms)
-    parts = micro_batches * (processes if alone else 1)
-    if norms and parts > 1:
-        raise DataError(
-            f"the model has batch norm, whose statistics {parts} parts of a batch would change",
-            fix="train it with one process and one micro-batch"
-            if alone
-            else "train it with one micro-batch",
-        )
-
-
-def _learns(norm: nn.Module) -> bool:
-    """Whether a norm is trained; a frozen one keeps its statistics too."""
-    parameters = list(norm.parameters())
-    return not parameters or any(p.requires_grad for p in parameters)
 
 
 def fit(
@@ -162,7 +130,8 @@ def fit(
     Raises:
         Interrupted: asked to stop by a signal; the state was saved.
         NonFiniteError: the loss or a gradient was no number; the weights never saw it.
-        DataError: too many images were unreadable.
+        DataError: too many images were unreadable, or the batch cannot be shared out.
+        RunError: there is too little memory, for half of a micro-batch too.
     """
     # a model's own dropout draws from the global generator: it too starts from the seed
     with seeded_globals("fit", plan.seed):
@@ -179,7 +148,9 @@ def _fit(
     evaluate: Callable[[], Mapping[str, float]] | None,
     average: WeightAverage | None,
 ) -> FitResult:
-    check_batch_norm(objective, processes=runtime.share.world, micro_batches=plan.micro_batches)
+    world, parts = runtime.share.world, plan.micro_batches
+    check_batch(plan.batch_size, processes=world, micro_batches=parts)
+    check_batch_norm(objective, processes=world, micro_batches=parts)
     checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
     wrapped, stepper = runtime.prepare(objective, optimizer)
     if average is not None:
@@ -191,26 +162,39 @@ def _fit(
         check_data(checkpoint.manifest, data, plan.source)
         restore(checkpoint, objective, optimizer, average)
         if "meter" in checkpoint.files:
-            meter.restore(checkpoint.files["meter"])
+            meter.restore(checkpoint.files["meter"], runtime)
         start, earlier = checkpoint.step, Spent.of_manifest(checkpoint.manifest)
         say(f"resumed at step {start} from {checkpoint.path}")
     elif resume:
         say("no checkpoint was written yet: the run begins again at its first step")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
     metrics = MetricsLog(folder, resume_at=start, tensorboard=plan.tensorboard, first=runtime.first)
-    limit = plan.bad_image_limit
-    loop = _Loop(
+    watch = FiniteWatch(plan.source, runtime.share.rank)
+    step = TrainingStep(
         objective=objective,
         wrapped=wrapped,
         optimizer=optimizer,
         stepper=stepper,
+        runtime=runtime,
+        schedule=plan.schedule,
+        seed=plan.seed,
+        clip=plan.clip,
+        parts=parts,
+        average=average,
+        meter=meter,
+        watch=watch,
+    )
+    loop = _Loop(
+        objective=objective,
+        optimizer=optimizer,
+        step=step,
+        ledger=Ledger(runtime, watch, lambda: _books(plan, folder, start)),
         plan=plan,
         runtime=runtime,
         metrics=metrics,
         checkpoints=checkpoints,
         cost=CostMeter(runtime.energy_counter(), earlier),
         spent=earlier,
-        quarantine=Quarantine(folder / "quarantine.jsonl", images=len(plan.source), limit=limit),
         evaluate=evaluate,
         average=average,
         meter=meter,
@@ -222,6 +206,21 @@ def _fit(
     )
     with closing(metrics), stop_on_signals() as request:
         return loop.run(start, stop, request)
+
+
+def _books(plan: Plan, folder: Path, start: int) -> Books:
+    """The lists of what went wrong in earlier sessions, to go on with."""
+    return Books(
+        Quarantine(
+            folder / "quarantine.jsonl", images=len(plan.source), limit=plan.bad_image_limit
+        ),
+        NonFiniteSteps(
+            folder / "nonfinite.jsonl",
+            policy=plan.nonfinite,
+            limit=plan.nonfinite_limit,
+            resume_at=start,
+        ),
+    )
 
 
 def _checkpoint_of(checkpoints: Checkpoints, runtime: Runtime) -> Checkpoint | None:
@@ -238,9 +237,9 @@ def _checkpoint_of(checkpoints: Checkpoints, runtime: Runtime) -> Checkpoint | N
 @dataclass
 class _Loop:
     objective: nn.Module
-    wrapped: Prepared
     optimizer: torch.optim.Optimizer
-    stepper: Any
+    step: TrainingStep
+    ledger: Ledger
     plan: Plan
     runtime: Runtime
     metrics: MetricsLog
@@ -249,7 +248,6 @@ class _Loop:
     data: Mapping[str, Any]  # the source's fingerprint
     cost: CostMeter
     spent: Spent  # as the newest checkpoint has it
-    quarantine: Quarantine
     evaluate: Callable[[], Mapping[str, float]] | None
     average: WeightAverage | None
     best: Best | None
@@ -258,7 +256,7 @@ class _Loop:
 
     def run(self, start: int, stop: int, request: StopRequest) -> FitResult:
         plan, began = self.plan, time.monotonic()
-        meter, vote = self.meter, StopVote(self.runtime)
+        meter, vote = self.meter, Vote(self.runtime, 2)
         every = plan.steps_between_evaluations
         self.bar.start(plan.schedule.steps, start)
         self.objective.train()
@@ -267,8 +265,7 @@ class _Loop:
             if self.evaluate and plan.eval_first and start == 0:
                 self._evaluate(0, meter)
             for step, batch in enumerate(self._batches(start, stop, meter), start):
-                self.quarantine.add(batch.replaced)
-                self._step(step, batch, meter)
+                self._step(step, batch)
                 done = step + 1
                 final = done == stop
                 # a stop to be resumed logs nothing more: the line to come is of both sessions
@@ -276,9 +273,11 @@ class _Loop:
                     self._log(done, meter, start, began)
                 if self.evaluate and (done % every == 0 or done == plan.schedule.steps):
                     self._evaluate(done, meter)
-                asked = vote.cast(request.signal)
-                if done % plan.checkpoint_every == 0 or final or asked:
-                    meter.check()
+                asked, news = vote.cast(request.signal or 0, int(self.ledger.news))
+                saving = done % plan.checkpoint_every == 0 or final or asked
+                if news or saving:  # so that what ends a run ends it before it is saved
+                    self.ledger.share()
+                if saving:
                     self._save(done)
                     saved = done
                 if asked and not final:
@@ -291,7 +290,8 @@ class _Loop:
         return FitResult(stop, finished, self.spent.seconds, self.last, self.spent.joules)
 
     def _stop(self, done: int, asked: int) -> NoReturn:
-        if asked == signal.SIGUSR1 and self.runtime.first and (line := requeue()):
+        # all wait for the first: a job is put back before any of its processes ends
+        if asked == signal.SIGUSR1 and (line := self.runtime.first_does(requeue)):
             say(line)
         raise Interrupted(
             f"stopped at step {done} of {self.plan.schedule.steps}; the state is saved",
@@ -314,7 +314,7 @@ class _Loop:
             share=self.runtime.share,
             pin_memory=self.runtime.device.type == "cuda",
         )
-        loader.worker_init_fn = shield_worker
+        loader.worker_init_fn = shielded(loader.worker_init_fn)
         iterator = plainly(loader)
         while True:
             before = time.monotonic()
@@ -324,42 +324,9 @@ class _Loop:
                 return
             yield batch
 
-    def _step(self, step: int, batch: Batch, meter: Meter) -> None:
-        set_rates(self.optimizer, self.plan.schedule, step)
-        parts = batch.split(self.plan.micro_batches)
-        for number, part in enumerate(parts, 1):
-            stream = SampleStream(self.plan.seed, step, part.positions)
-            ready = self.runtime.batch(replace(part, stream=stream))
-            with self.runtime.accumulating(self.wrapped, more=number < len(parts)):
-                loss = self.wrapped(ready)
-                self.runtime.backward(loss, len(parts))
-            meter.add(loss.total, loss.parts, len(batch) / len(parts))
-        bad = self._descend(meter)
-        if self.average is not None:
-            self.average.update(step, bad)
-        end_step = getattr(self.objective, "end_step", None)
-        if end_step is not None:
-            end_step(self.runtime.sum)
-
-    def _descend(self, meter: Meter) -> Tensor:
-        """Clip and step, unless the gradient is no number; decided without asking the device.
-
-        Returns:
-            On the device, 1 if there was no step, else 0.
-        """
-        parameters = [
-            p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.plan.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.plan.clip, norm)
-        bad = (~torch.isfinite(norm)).float()
-        # fused AdamW leaves weights and averages alone where this is 1 (GradScaler's own switch)
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-        self.stepper.step()
-        self.stepper.zero_grad()
-        meter.observe(norm, bad)
-        return bad
+    def _step(self, step: int, batch: Batch) -> None:
+        self.ledger.add(batch.replaced)
+        self.step.take(step, batch)
 
     def _log(self, done: int, meter: Meter, start: int, began: float) -> None:
         plan = self.plan
@@ -370,15 +337,16 @@ class _Loop:
             "images_per_second": speed,
             "data_wait": waiting,
         }
-        if len(self.quarantine):
-            values["bad_images"] = len(self.quarantine)
+        if self.ledger.bad_images:
+            values["bad_images"] = self.ledger.bad_images
         self.last |= values
         self.metrics.write(done, values)
         self.cost.now()  # a counter that overflows wants to be read now and then
         left = (time.monotonic() - began) / (done - start) * (plan.schedule.steps - done)
+        loss = self.last.get("loss", math.nan)  # where all steps were skipped, the last known
         self.bar.update(
             done,
-            f"loss {values['loss']:.4f}  {speed:,.0f} images/s  left {duration(left)}  "
+            f"loss {loss:.4f}  {speed:,.0f} images/s  left {duration(left)}  "
             f"waiting for data {waiting:.0%}",
         )
 

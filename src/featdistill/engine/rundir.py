@@ -37,6 +37,8 @@ _HARMLESS = frozenset(
         "run.preflight",
         "run.eval_every",
         "run.best",
+        "run.nonfinite",
+        "run.nonfinite_limit",
         "signal.knn_data",
         "signal.knn_labels",
         "signal.knn_k",
@@ -47,6 +49,9 @@ _HARMLESS = frozenset(
         "data.bad_image_limit",
     )
 )
+
+# what may differ too, but costs the last bit: over how many parts a batch is summed
+_ROUNDING = frozenset(("run.devices", "run.nodes", "run.micro_batches"))
 
 
 def check_out(out: str, *, resume: bool) -> None:
@@ -108,9 +113,9 @@ def open_run(
     check_out(out, resume=resume)
     _claim(path, out, resume)
     values = config.model_dump(mode="json")
-    changed, known = False, dict[str, str]()
+    changed, known, rounding = False, dict[str, str](), list[str]()
     if resume:
-        changed = _check_same(path, config, may_change)
+        changed, rounding = _check_same(path, config, may_change)
         known = _check_weights(path, weights or {})
     try:
         if not resume or changed:
@@ -123,7 +128,7 @@ def open_run(
             begun.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             os.replace(begun, path / "config.yaml")
         here = environment()
-        notes = _notes(path, here) if resume else []
+        notes = [*_notes(path, here), *rounding] if resume else []
         write_json(path / "environment.json", here)
     except OSError as error:
         raise RunError(
@@ -171,8 +176,10 @@ def _notes(path: Path, here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bool:
-    """Refuse what cannot go on; whether something of `may_change` changed."""
+def _check_same(
+    path: Path, config: BaseModel, may_change: frozenset[str]
+) -> tuple[bool, list[str]]:
+    """Refuse what cannot go on; whether something of `may_change` changed, and what to say."""
     try:
         before = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -181,17 +188,23 @@ def _check_same(path: Path, config: BaseModel, may_change: frozenset[str]) -> bo
         # a run of an earlier version lacks the newer options: they had their defaults
         before = type(config).model_validate(before).model_dump(mode="json")
     old, new = flatten(before), flatten(config.model_dump(mode="json"))
-    differ = [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+    changes = {
+        key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _HARMLESS | may_change
-    ]
+        if old.get(key) != new.get(key)
+    }
+    differ = [c for key, c in changes.items() if key not in _HARMLESS | _ROUNDING | may_change]
     if differ:
         raise RunError(
             f"the run in '{path}' had another configuration ({'; '.join(differ)})",
             fix="resume with the same options, or begin a new run in another --out",
         )
-    return any(old.get(key) != new.get(key) for key in may_change)
+    parts = [change for key, change in changes.items() if key in _ROUNDING]
+    note = (
+        f"WARNING: this session cuts a batch otherwise than the first ({'; '.join(parts)}): the "
+        "run goes on, but not to the very same bits"
+    )
+    return any(key in may_change for key in changes), [note] if parts else []
 
 
 def _check_weights(path: Path, weights: Mapping[str, str]) -> dict[str, str]:

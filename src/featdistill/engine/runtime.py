@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
+from uuid import uuid4
 
 import torch
 from lightning_fabric import Fabric
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from featdistill.core.errors import FeatDistillError, RunError
 from featdistill.core.types import Batch, Loss
 from featdistill.data.loader import Share
-from featdistill.engine import speed
+from featdistill.engine import peers, speed
 from featdistill.engine.cost import Counter, Nothing, energy_counter
 from featdistill.engine.tracking import console
 from featdistill.models.attention import Kind, suit_attention
@@ -53,9 +54,9 @@ class _Shell(nn.Module):
         super().__init__()
         self.objective = objective
 
-    def forward(self, box: _Box) -> dict[str, Tensor]:
+    def forward(self, box: _Box) -> dict[str, Any]:
         loss: Loss = self.objective(box.batch)
-        return {"": loss.total, **loss.parts}
+        return {"total": loss.total, "parts": dict(loss.parts), "watched": dict(loss.watched)}
 
 
 class Prepared:
@@ -66,8 +67,7 @@ class Prepared:
 
     def __call__(self, batch: Batch) -> Loss:
         with self.runtime.autocast():
-            found = self.wrapped(_Box(batch))
-        return Loss(found.pop(""), found)
+            return Loss(**self.wrapped(_Box(batch)))
 
 
 class Runtime:
@@ -118,6 +118,9 @@ class Runtime:
         )
         self.fabric.launch()
         console.quiet = not self.first
+        if self.share.world > 1:
+            token = self.fabric.broadcast(uuid4().hex)
+            peers.join(rank=self.share.rank, world=self.share.world, token=token)
         self.attention = attention
 
     @property
@@ -169,8 +172,13 @@ class Runtime:
         return Prepared(wrapped, self), stepper
 
     def backward(self, loss: Loss, parts: int) -> None:
-        """Backward pass of one of `parts` micro-batches."""
-        self.fabric.backward(loss.total / parts)
+        """Backward pass of one of `parts` micro-batches.
+
+        A loss that is no number makes every gradient none, and with it that of all processes: an
+        infinite one can have finite gradients of its own.
+        """
+        one = loss.total.detach() * 0 + 1  # or no number
+        self.fabric.backward(loss.total * one / parts)
 
     @contextmanager
     def accumulating(self, prepared: Prepared, *, more: bool) -> Iterator[None]:
@@ -206,9 +214,18 @@ class Runtime:
         """Concatenation over all processes of 1-d or 2-d tensors that may differ in length."""
         if self.share.world == 1:
             return value
-        parts: list[Any] = [None] * self.share.world
-        torch.distributed.all_gather_object(parts, value.cpu())
-        return torch.cat(parts)
+        world, rows = self.share.world, value.contiguous().to(self.device)
+        # as bytes, which every backend carries, whatever the type
+        mine = rows.reshape(-1).view(torch.uint8)
+        length = torch.tensor([mine.numel()], device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(world)]
+        torch.distributed.all_gather(lengths, length)
+        longest = max(int(n) for n in lengths)
+        padded = torch.cat([mine, mine.new_zeros(longest - mine.numel())])
+        parts = [torch.empty_like(padded) for _ in range(world)]
+        torch.distributed.all_gather(parts, padded)
+        whole = [p[: int(n)].view(value.dtype) for p, n in zip(parts, lengths, strict=True)]
+        return torch.cat(whole).reshape(-1, *value.shape[1:]).to(value.device)
 
     def collect(self, value: Any) -> list[Any]:
         """Every process's object, in the order of ranks; their tensors on this one's device."""
@@ -246,6 +263,12 @@ class Runtime:
             raise error
         return cast(T, value)
 
+    def together(self, error: FeatDistillError | None) -> None:
+        """Raise a mistake that any process made, everywhere; the first one's of several."""
+        for found in self.collect(error):
+            if found is not None:
+                raise found
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self.fabric.barrier()
@@ -253,44 +276,6 @@ class Runtime:
     def autocast(self) -> Any:
         """The precision's context; a prepared objective brings its own."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-class StopVote:
-    """Lets several processes stop after the same step, whichever of them was asked to.
-
-    A step's vote is counted while the next one is computed, on the CPU: nobody waits for a device.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._group: Any = None
-        self._pending: tuple[Tensor, Any] | None = None
-        if runtime.share.world > 1:
-            self._group = torch.distributed.new_group(backend="gloo")
-
-    def cast(self, number: int | None) -> int | None:
-        """After each step: the signal that this process was asked by, if any.
-
-        Returns:
-            The signal that all processes stop for now; of several processes, that of the last step.
-        """
-        if self._group is None:
-            return number
-        found = self.close()
-        vote = torch.tensor(number or 0)
-        work = torch.distributed.all_reduce(
-            vote, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
-        )
-        self._pending = vote, work
-        return found
-
-    def close(self) -> int | None:
-        """Wait for the votes that are out."""
-        if self._pending is None:
-            return None
-        vote, work = self._pending
-        self._pending = None
-        work.wait()
-        return int(vote) or None
 
 
 def limit_threads(threads: int | None = None) -> None:

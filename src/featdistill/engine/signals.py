@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -44,12 +44,23 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def shield_worker(_worker: int) -> None:
-    """In a loading process: signals sent to the whole group are the training process's to answer.
+def shielded(begin: Callable[[int], None] | None) -> Callable[[int], None]:
+    """What a loading process begins with: `begin`, and a shield from signals.
 
-    A scheduler that ends a job tells all of its processes; with the workers gone, the training
-    process could not finish its step. Its own SIGTERM to a worker still ends that.
+    Those sent to the whole group are the training process's to answer: a scheduler that ends a job
+    tells all of its processes, and with the workers gone, the training process could not finish its
+    step. Its own SIGTERM to a worker still ends that.
     """
+
+    def both(worker: int) -> None:
+        if begin is not None:
+            begin(worker)
+        _shield()
+
+    return both
+
+
+def _shield() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

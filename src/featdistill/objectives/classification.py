@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from featdistill.core.types import Batch, Loss
+from featdistill.core.types import Batch, Loss, Splitting
 from featdistill.models.backbone import Backbone
 from featdistill.objectives.mixing import erase, mix
 
@@ -40,6 +40,11 @@ class Classification(nn.Module):
     def mixes(self) -> bool:
         """Whether pairs of samples are mixed, which needs an even batch."""
         return self.mix_probability > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    @property
+    def splitting(self) -> Splitting:
+        """Into what a batch may be cut."""
+        return "pairs" if self.mixes else "any"
 
     def forward(self, batch: Batch) -> Loss:
         assert batch.labels is not None

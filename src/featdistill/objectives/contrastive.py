@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featdistill.core.seeds import seeded_globals
-from featdistill.core.types import Batch, Loss
+from featdistill.core.types import Batch, Loss, Splitting
 from featdistill.models.backbone import Backbone
 
 _SECOND = 1 << 32  # added to the position of a sample's second view
@@ -32,6 +32,8 @@ class SimCLR(nn.Module):
     The CLS token (or, without one, the mean of the map) is what is projected. All negatives come
     from the process's own batch, hence one process and no micro-batches.
     """
+
+    splitting: Splitting = "whole"
 
     def __init__(
         self, backbone: Backbone, *, temperature: float, hidden: int, projection: int, seed: int

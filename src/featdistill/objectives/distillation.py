@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -277,7 +277,8 @@ class FeatureDistillation(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         with torch.no_grad():
             target = self.targets(batch)
-        return self.compare(self.predictions(batch), target)
+        loss = self.compare(self.predictions(batch), target)
+        return replace(loss, watched={"teacher": target.sum()})
 
     def compare(self, prediction: Tensor, target: Tensor) -> Loss:
         """The loss, and the mean cosine over tokens; both (B, N, D)."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featdistill.core.seeds import torch_generator
-from featdistill.core.types import Batch, Loss
+from featdistill.core.types import Batch, Loss, Splitting
 from featdistill.models.backbone import Backbone
 from featdistill.models.modes import evaluating
 from featdistill.models.pooling import Vector
@@ -106,6 +106,11 @@ class LinearProbe(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """(B, K)."""
         return self.head(self.norm(self.vectors(images)))
+
+    @property
+    def splitting(self) -> Splitting:
+        """Into what a batch may be cut: its norm must see the whole."""
+        return "whole" if isinstance(self.norm, BatchStandardisation) else "any"
 
     def forward(self, batch: Batch) -> Loss:
         assert batch.labels is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 from featdistill.config.commands import Command
 from featdistill.engine.lock import released
+from featdistill.engine.peers import one_fate
 
 _HOMES = {
     "quickstart": "quickstart",
@@ -34,7 +35,7 @@ _HOMES = {
 def run_command(command: str, config: Command) -> Any:
     """Run a command; what it returns is the same as its Python function's result."""
     try:
-        with released():
+        with released(), one_fate():
             return import_module(f"featdistill.tasks.{_HOMES[command]}").run(config)
     except RuntimeError as error:
         from featdistill.data.workers import trouble_of

@@ -10,8 +10,8 @@ from featdistill.config.sections import Precision
 from featdistill.data.holdout import HeldOut, without
 from featdistill.data.parts import Data
 from featdistill.data.views import CropView
+from featdistill.engine.batches import check_batch
 from featdistill.engine.best import Choice
-from featdistill.engine.loop import check_batch
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone

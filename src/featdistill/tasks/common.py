@@ -190,6 +190,8 @@ def plan_of(
         eval_every=run.eval_every,
         stop_at=config.schedule.stop_at,
         bad_image_limit=config.data.tolerated,
+        nonfinite=run.nonfinite,
+        nonfinite_limit=run.nonfinite_limit,
         tensorboard=run.tensorboard,
         title=title,
     )

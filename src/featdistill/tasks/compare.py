@@ -22,7 +22,7 @@ from featdistill.core.records import write_record
 from featdistill.data.loader import steps_per_epoch
 from featdistill.data.sources import Source
 from featdistill.data.splits import label_budget, split
-from featdistill.engine.loop import check_batch
+from featdistill.engine.batches import check_batch
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.tracking import console, duration, say
 from featdistill.evaluation.paired import LEVEL, RESAMPLES, Hits, Paired, paired, verdict

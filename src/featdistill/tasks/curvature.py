@@ -22,6 +22,7 @@ from featdistill.core.errors import ConfigError, FeatDistillError, Interrupted, 
 from featdistill.core.records import write_record
 from featdistill.diagnostics.curvature import Curvature, HessianOperator, Phase, Search, curvature
 from featdistill.diagnostics.subject import Piece, Subject
+from featdistill.engine.batches import is_out_of_memory
 from featdistill.engine.journal import Journal, read_journal
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime, limit_threads
@@ -31,7 +32,6 @@ from featdistill.evaluation.extraction import fingerprint
 from featdistill.models.weights import tensors_hash
 from featdistill.tasks.common import plain
 from featdistill.tasks.losses import Gathered, images_record, subject_record, subjects_of
-from featdistill.tasks.preflight import is_out_of_memory
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _HARMLESS = frozenset(("run.devices", "run.threads", "memory", "names"))

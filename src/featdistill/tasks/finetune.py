@@ -17,7 +17,8 @@ from featdistill.data.sources import Source, labelled
 from featdistill.data.splits import label_budget
 from featdistill.data.views import FinetuneView
 from featdistill.engine.average import WeightAverage
-from featdistill.engine.loop import FitResult, check_batch, fit
+from featdistill.engine.batches import check_batch
+from featdistill.engine.loop import FitResult, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime

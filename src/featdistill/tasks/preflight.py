@@ -25,6 +25,7 @@ from featdistill.core.errors import FeatDistillError, NonFiniteError, RunError
 from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.loader import default_workers, plainly, training_batches
+from featdistill.engine.batches import is_out_of_memory
 from featdistill.engine.optimizer import adamw, parameter_groups, set_rates
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.tracking import duration
@@ -128,11 +129,10 @@ def preflight(config: DistillConfig, assembly: Assembly, *, timed: int = 1) -> C
         failure = error
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
-    failed = runtime.sum(torch.tensor(float(failure is not None), device=runtime.device))
-    if failure is not None:
-        raise _explained(failure, config, assembly) from None
-    if failed.item():
-        raise RunError("another process failed its dry step", fix="see its message")
+    mistake = None if failure is None else _explained(failure, config, assembly)
+    if mistake is not None and not isinstance(mistake, FeatDistillError):
+        raise mistake from None
+    runtime.together(mistake)
     assert found is not None
     loading, teacher, student, memory, loss = found
     workers = config.data.workers
@@ -295,14 +295,6 @@ def _explained(error: Exception, config: DistillConfig, assembly: Assembly) -> E
         fix=(f"give --run.micro_batches {finer} (the same training), or " if finer else "give ")
         + "a smaller --batch-size or --image-size, or smaller models",
     )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or this machine had too little memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # torch has no class of its own for the CPU's: "DefaultCPUAllocator: can't allocate memory"
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -6,7 +6,7 @@ from featdistill.config.commands import ProbeCommandConfig
 from featdistill.core.errors import ConfigError
 from featdistill.data.sources import Source
 from featdistill.data.splits import label_budget
-from featdistill.engine.loop import check_batch
+from featdistill.engine.batches import check_batch
 from featdistill.tasks.common import naming_problems
 from featdistill.tasks.probe_grid import labels_of
 from featdistill.tasks.probe_online import schedule_for

@@ -175,6 +175,8 @@ class _OnlineFit:
             checkpoint_keep=run.checkpoint_keep,
             eval_every=run.eval_every,
             bad_image_limit=config.data.tolerated,
+            nonfinite=run.nonfinite,
+            nonfinite_limit=run.nonfinite_limit,
             tensorboard=run.tensorboard,
             title=self.title,
         )

@@ -11,8 +11,9 @@ from featdistill.core.errors import DataError
 from featdistill.data.masks import PairSource
 from featdistill.data.segmentation import SegmentationData
 from featdistill.engine.average import WeightAverage
+from featdistill.engine.batches import check_batch, check_batch_norm
 from featdistill.engine.batchnorm import join_batch_norms
-from featdistill.engine.loop import FitResult, check_batch, check_batch_norm, fit
+from featdistill.engine.loop import FitResult, fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime
