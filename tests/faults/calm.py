@@ -184,6 +184,7 @@ def run(
 def member(folder: Path, options: dict[str, Any]) -> None:
     """One of several processes: what it says and exits with is what the command does."""
     os.environ |= options.pop("environment")
+    work = options.pop("work", run)
     multiprocessing.set_start_method("fork", force=True)
     status = 0
     with open(folder / f"said-{rank()}.txt", "a", buffering=1) as said:
@@ -191,7 +192,7 @@ def member(folder: Path, options: dict[str, Any]) -> None:
         sys.stderr = said
         try:
             with one_fate():
-                run(folder, **options)
+                work(folder, **options)
         except FeatDistillError as error:
             if not error.said:
                 said.write(f"error: {error}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def together(folder: Path, world: int, **options: Any) -> list[int]:
+def together(
+    folder: Path,
+    world: int,
+    *,
+    target: Callable[[Path, dict[str, Any]], None] = calm.member,
+    **options: Any,
+) -> list[int]:
     """A session of so many processes; their exit statuses, negative: the signal that ended it."""
     folder.mkdir(exist_ok=True)
     shared = {
@@ -30,7 +37,7 @@ def together(folder: Path, world: int, **options: Any) -> list[int]:
     for rank in range(world):
         environment = {**shared, calm.RANK: str(rank)}
         given = {"devices": world, "environment": environment, **options}
-        processes.append(CONTEXT.Process(target=calm.member, args=(folder, given)))
+        processes.append(CONTEXT.Process(target=target, args=(folder, given)))
     for process in processes:
         process.start()
     for process in processes:

@@ -96,7 +96,8 @@ def test_only_once(tmp_path: Path) -> None:
         train(tmp_path)
     assert str(caught.value) == (
         "there is too little memory for a step of 2 images, in 2 micro-batches; go on with "
-        "--resume --run.micro_batches 4, or begin again with a smaller --batch-size, --image-size or model"
+        "--resume --run.micro_batches 4, or begin again with a smaller --batch-size, --image-size "
+        "or model"
     )
     assert caught.value.exit_code == 2
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 _LOOK = 0.25  # seconds between two looks for a note
 _GRACE = 2.0  # seconds in which a process may end by itself once there is one
-_LINGER = 10.0  # seconds that a process waits for the first to go, at most
 _STAY = 2 * _GRACE  # seconds that the first waits for the others: one that was killed never says
-_NOTE, _GONE = "note", "gone"
+_LINGER = 10.0  # seconds that a process waits for the one that started it to go
+_NOTE, _GONE, _PROCESS = "note", "gone", "process"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ class Peers:
     def __init__(self, store: Store, *, rank: int, world: int, first: bool) -> None:
         self._store, self._rank, self._world, self._first = store, rank, world, first
         self._gone = threading.Event()
-        self._ending = threading.Event()
+        self._starter: int | None = None  # of the others, once this process ends with an error
+        store.set(f"{_PROCESS}/{socket.gethostname()}/{os.getpid()}", "")
+        atexit.register(self.linger)  # after the line is said
         threading.Thread(target=self._watch, daemon=True, name="peers").start()
 
     def failed(self, error: BaseException) -> BaseException:
@@ -78,7 +81,7 @@ class Peers:
             note = None
         if note is None:
             return _lost() if _is_loss(error) else error
-        self._leave()
+        self._leave(badly=True)
         if note.rank == self._rank:
             return error
         if not isinstance(error, FeatDistillError) or str(error) != note.text:
@@ -88,22 +91,30 @@ class Peers:
 
     def done(self) -> None:
         """This process has come to its end without a mistake."""
-        with suppress(RuntimeError):
-            self._leave()
+        self._leave(badly=False)
 
     def linger(self) -> None:
-        """Wait until all are gone: the store must stay, and no launcher may see an early end."""
+        """Before the end of the process: the first keeps the store until all others are through.
+
+        And none ends with an error before one that started it: that would be killed for it, in the
+        midst of saying why (Lightning's launcher).
+        """
+        atexit.unregister(self.linger)
+        if not self._gone.is_set():
+            return
         until = time.monotonic() + (_STAY if self._first else _LINGER)
-        with suppress(RuntimeError):  # the first process is gone
-            while time.monotonic() < until:
-                if self._first and self._store.add(_GONE, 0) >= self._world:
-                    return
+        with suppress(RuntimeError):  # the store is gone
+            while time.monotonic() < until and not self._may_go():
                 time.sleep(_LOOK / 5)
-                self._store.check([_NOTE])
+
+    def _may_go(self) -> bool:
+        if self._first:
+            return self._store.add(_GONE, 0) >= self._world
+        return self._starter is None or os.getppid() != self._starter
 
     def _agree(self, note: _Note) -> _Note:
         """The first note of all processes; it is this one if there was none yet."""
-        return self._read(self._store.compare_set(_NOTE, "", json.dumps(vars(note))))
+        return _Note(**json.loads(self._store.compare_set(_NOTE, "", json.dumps(vars(note)))))
 
     def _note(self) -> _Note | None:
         """A note that is there, or comes soon."""
@@ -112,17 +123,16 @@ class Peers:
             if time.monotonic() > until:
                 return None
             time.sleep(_LOOK / 5)
-        return self._read(self._store.get(_NOTE))
+        return _Note(**json.loads(self._store.get(_NOTE)))
 
-    def _read(self, note: bytes) -> _Note:
-        if not self._ending.is_set():
-            self._ending.set()
-            atexit.register(self.linger)  # after the line is said
-        return _Note(**json.loads(note))
-
-    def _leave(self) -> None:
-        if not self._gone.is_set():
-            self._gone.set()
+    def _leave(self, *, badly: bool) -> None:
+        if self._gone.is_set():
+            return
+        self._gone.set()
+        parent = os.getppid()
+        with suppress(RuntimeError):  # the store is gone
+            if badly and self._store.check([f"{_PROCESS}/{socket.gethostname()}/{parent}"]):
+                self._starter = parent
             self._store.add(_GONE, 1)
 
     def _watch(self) -> None:
@@ -135,7 +145,7 @@ class Peers:
                     return
                 note = self._note()
                 assert note is not None
-                self._leave()
+                self._leave(badly=True)
                 self.linger()
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -179,11 +189,12 @@ def _lost() -> RunError:
     )
 
 
+_within = False
 _current: Peers | None = None
 
 
 def join(*, rank: int, world: int, token: str) -> None:
-    """Become one of several processes that share a fate; within `one_fate`.
+    """Become one of several processes that share a fate; outside of `one_fate`, nothing is done.
 
     Args:
         token: the same in all processes of this run, and in no other's.
@@ -191,6 +202,8 @@ def join(*, rank: int, world: int, token: str) -> None:
     from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     global _current
+    if not _within:
+        return
     # torch.distributed was set up: it has put there where its store is
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(host, port, is_master=False, wait_for_workers=False)
@@ -201,7 +214,8 @@ def join(*, rank: int, world: int, token: str) -> None:
 @contextmanager
 def one_fate() -> Iterator[None]:
     """A block whose mistakes become those of all processes that `join`ed in it."""
-    global _current
+    global _within, _current
+    outer, _within = _within, True
     try:
         yield
     except BaseException as error:
@@ -212,6 +226,8 @@ def one_fate() -> Iterator[None]:
         if ended is error:
             raise
         raise ended from None
+    finally:
+        _within = outer
     peers, _current = _current, None
     if peers is not None:
         peers.done()
