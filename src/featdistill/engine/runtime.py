@@ -147,9 +147,15 @@ class Runtime:
 
     def settle(self, model: nn.Module) -> None:
         """Suit precision and attention to the model that is to be trained (or looked at)."""
-        if self._open and self.first_does(lambda: speed.bf16_pays(model)):
+        if self.pays(model):
             self.precision = "bf16"
         self.suit(model)
+
+    def pays(self, model: nn.Module) -> bool:
+        """Whether a model is quicker in bf16, where that is left open."""
+        return self.precision == "bf16" or (
+            self._open and self.first_does(lambda: speed.bf16_pays(model))
+        )
 
     def suit(self, model: nn.Module) -> None:
         """Set a model's attention layers to the way that is quickest here."""

@@ -13,8 +13,9 @@ from torch import nn
 _SIDE = 1024  # of the square products that are timed
 _ROUNDS = 5
 _WORTH = 1.3  # times as fast as float32
-# weights of a model's largest product, from which on autocast's copies cost less than they bring
-_LARGE = 384 * 1152
+# weights of a model's largest product, from which on autocast's copies cost less than they bring:
+# a width of 192 gains 1.7 times (docs/performance.md)
+_LARGE = 192 * 576
 _NEVER = 2**31 - 1
 _TRIM, _MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
 _LARGEST_KEPT = 1 << 30

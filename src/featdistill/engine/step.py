@@ -24,6 +24,8 @@ from featdistill.engine.schedule import Schedule
 from featdistill.engine.tracking import say
 from featdistill.engine.undo import Undo
 
+_EPS = 1e-6  # torch's own, in `clip_grads_with_norm_`
+
 
 @dataclass(frozen=True)
 class _Passed:
@@ -159,7 +161,10 @@ def descend(
     groups = optimizer.param_groups
     parameters = [p for g in groups for p in g["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip is not None:
+    if clip is not None and isinstance(optimizer, torch.optim.AdamW | torch.optim.SGD):
+        # our fused ones divide by this as they read the gradients, which are not written once more
+        optimizer.grad_scale = ((norm + _EPS) / clip).clamp(min=1)  # type: ignore[union-attr]
+    elif clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     bad = (~torch.isfinite(norm)).float()
     # fused AdamW leaves weights and averages alone where this is 1 (GradScaler's own switch)

@@ -90,7 +90,7 @@ class _Attend(torch.autograd.Function):
         return torch.bmm(weights, v).view(b, heads, n, d).transpose(1, 2).reshape(b, n, heads * d)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         b, (bh, n, d) = ctx.batch, q.shape

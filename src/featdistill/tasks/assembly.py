@@ -69,10 +69,13 @@ def assemble(config: DistillConfig) -> Assembly:
     teacher, student = objective.teacher, objective.student
     settle(runtime, student, config.run)
     runtime.suit(teacher)
-    if config.teacher.precision is not Precision.AUTO:
-        objective.teacher_precision = config.teacher.precision.value
-    elif runtime.precision == "bf16":
-        objective.teacher_precision = "bf16"
+    match config.teacher.precision:
+        case Precision.BF16:
+            objective.teacher_precision = "bf16"
+        case Precision.FLOAT32:
+            objective.teacher_precision = "float32"
+        case Precision.AUTO:
+            objective.teacher_precision = "bf16" if runtime.pays(teacher) else None
     if config.student.drop_path_way == "skip":
         skip_dropped(student.model, student.slot)
     # rendered once at the larger of the two sizes, so that neither model sees enlarged pixels

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from featdistill.config.commands.base import Command
-from featdistill.config.sections import Positive
+from featdistill.config.sections import Positive, Precision, Rate
 
 
 class BenchConfig(Command):
@@ -20,6 +20,12 @@ class BenchConfig(Command):
         "model": "model",
         "image-size": "image_size",
         "batch-size": "batch_size",
+        "teacher": "teacher",
+        "student": "student",
+        "precision": "precision",
+        "cached": "cached",
+        "changes": "changes",
+        "profile": "profile",
         "rounds": "rounds",
         "device": "device",
         "threads": "threads",
@@ -27,13 +33,29 @@ class BenchConfig(Command):
     }
     positional = "what"
 
-    what: Literal["diagnose", "landscape"] = Field(
-        description="what to time: diagnose (attention beside a plain forward pass) or landscape "
-        "(its points beside plain evaluations)"
+    what: Literal["step", "diagnose", "landscape"] = Field(
+        description="what to time: step (of a distillation, beside the official code's), diagnose "
+        "(attention beside a plain forward pass) or landscape (its points beside plain evaluations)"
     )
-    model: str = Field("timm/vit_base_patch16_224", description="model, with random weights")
+    teacher: str = Field(
+        "timm/vit_base_patch16_224", description="step: teacher, with random weights"
+    )
+    student: str = Field("vit-b", description="step: student")
+    drop_path: Rate = Field(0.0, description="step: the student's stochastic depth rate")
+    precision: Precision = Field(Precision.AUTO, description="step: auto, float32 or bf16")
+    cached: bool = Field(False, description="step: the teacher's features come from a cache")
+    changes: bool = Field(False, description="step: time what each change brings, too")
+    profile: str | None = Field(
+        None, description="step: a folder for a trace of a step and a table of where its time goes"
+    )
+    model: str = Field(
+        "timm/vit_base_patch16_224",
+        description="diagnose, landscape: model, with random weights",
+    )
     image_size: Positive | None = Field(None, description="side in pixels; the model's own")
-    batch_size: Positive = Field(8, description="images of a pass, or of an evaluation")
+    batch_size: Positive | None = Field(
+        None, description="images of a step (4; CUDA 128), of a pass or an evaluation (8)"
+    )
     rounds: Positive = Field(5, description="rounds in which each takes its turn")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     threads: Positive | None = Field(None, description="CPU threads; all cores by default")

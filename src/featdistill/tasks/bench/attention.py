@@ -17,7 +17,7 @@ from featdistill.diagnostics.capture import CapturedAttention, capture_attention
 from featdistill.engine.runtime import pick_device
 from featdistill.models.backbone import Backbone
 from featdistill.models.load import load_backbone
-from featdistill.tasks.bench.common import ratio, set_up, table, take_turns
+from featdistill.tasks.bench.common import IMAGES, ratio, set_up, table, take_turns
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def run(config: BenchConfig) -> AttentionCost:
     device = torch.device(pick_device(config.device))
     backbone = load_backbone(config.model, weights="random", image_size=config.image_size)
     backbone.to(device).eval()
-    images = torch.rand(config.batch_size, 3, *backbone.image_size, device=device)
+    images = torch.rand(config.batch_size or IMAGES, 3, *backbone.image_size, device=device)
     trial = _Trial(backbone, images)
     trial.plain()  # memory that every way needs is not counted
     before = _peak(device)

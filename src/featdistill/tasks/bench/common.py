@@ -12,6 +12,8 @@ import torch
 
 from featdistill.core.records import environment
 
+IMAGES = 8  # of a pass or an evaluation, where nothing else is asked for
+
 
 class Outcome(Protocol):
     """What a benchmark found."""

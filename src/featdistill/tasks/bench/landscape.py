@@ -19,7 +19,7 @@ from featdistill.diagnostics.subject import Subject, classifier_subject
 from featdistill.engine.journal import Journal
 from featdistill.engine.runtime import pick_device
 from featdistill.models.load import load_backbone
-from featdistill.tasks.bench.common import ratio, seconds_of, set_up, table, take_turns
+from featdistill.tasks.bench.common import IMAGES, ratio, seconds_of, set_up, table, take_turns
 from featdistill.tasks.landscape_sweep import Place, Sweep
 
 
@@ -94,7 +94,9 @@ def run(config: BenchConfig) -> LandscapeCost:
         directions=drawing,
         whole=(drawing / plain + count * found) / 21**2,
         points=count,
-        set_up=set_up(device, model=config.model, images=config.batch_size, rounds=config.rounds),
+        set_up=set_up(
+            device, model=config.model, images=config.batch_size or IMAGES, rounds=config.rounds
+        ),
     )
 
 
@@ -112,8 +114,9 @@ def _draw(subject: Subject) -> None:
 def _subject(config: BenchConfig, device: torch.device) -> Subject:
     backbone = load_backbone(config.model, weights="random", image_size=config.image_size)
     backbone.to(device).eval()
-    size = (config.batch_size, 3, *backbone.image_size)
-    order = torch.arange(config.batch_size)
+    count = config.batch_size or IMAGES
+    size = (count, 3, *backbone.image_size)
+    order = torch.arange(count)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
     labels = order % max(1, backbone.num_classes)
     batch = Batch((images,), labels, order, order)
