@@ -10,12 +10,16 @@ from featdistill.engine import speed
 from featdistill.engine.runtime import Runtime
 
 LARGE = nn.Sequential(nn.Linear(192, 768, device="meta"))
+CONVOLUTION = nn.Conv2d(192, 192, 3, device="meta")
 SMALL = nn.Sequential(nn.Linear(64, 256))
 
 
 @pytest.mark.parametrize(
     ("model", "times", "pays"),
-    [(LARGE, 2.0, True), (LARGE, 1.1, False), (SMALL, 2.0, False), (nn.ReLU(), 2.0, False)],
+    [
+        *((LARGE, 2.0, True), (CONVOLUTION, 2.0, True), (LARGE, 1.1, False)),
+        *((SMALL, 2.0, False), (nn.ReLU(), 2.0, False)),
+    ],
 )
 def test_bf16_pays_for_large_models_on_quick_machines(
     monkeypatch: pytest.MonkeyPatch, model: nn.Module, times: float, pays: bool

@@ -10,7 +10,7 @@ from model_zoo import images, small, small_beit, small_swin, small_vit
 from torch import Tensor
 
 from featdistill.models.backbone import Backbone, TimmBuild
-from featdistill.models.lowered import lower_weights
+from featdistill.models.lowered import lay_out_convolutions, lower_weights
 from featdistill.models.students import build_fresh
 
 
@@ -66,3 +66,14 @@ def test_targets_hardly_move(name: str) -> None:
 def test_only_what_is_frozen_is_lowered() -> None:
     with pytest.raises(AssertionError, match="frozen"):
         lower_weights(small_vit())
+
+
+@pytest.mark.parametrize(("name", "last"), [("resnet", True), ("convnext", False), ("vit", False)])
+def test_convolutions_are_laid_out_channels_last_and_say_the_same(name: str, last: bool) -> None:
+    backbone, side = MAKERS[name]()
+    x = images(2, side)
+    expected = seen(backbone, x, low=False)
+    lay_out_convolutions(backbone.model)
+    torch.testing.assert_close(seen(backbone, x, low=False), expected, rtol=1e-4, atol=1e-4)
+    weights = [p for p in backbone.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert any(p.is_contiguous(memory_format=torch.channels_last) for p in weights) is last

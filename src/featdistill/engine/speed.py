@@ -45,7 +45,11 @@ def _square(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 def bf16_pays(model: nn.Module) -> bool:
     """Whether bf16 trains a model faster on this CPU: it is large, and the CPU quick at bf16."""
-    products = (m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    products = (
+        m.weight.numel()
+        for m in model.modules()
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and m.groups == 1)
+    )
     return max(products, default=0) >= _LARGE and bf16_products() >= _WORTH
 
 

@@ -1,7 +1,8 @@
-"""A frozen model's weights in bf16: what autocast would make of them in every pass, made once.
+"""A frozen model's weights as its passes want them: in bf16, and laid out for the device.
 
-The numbers are autocast's own, to the bit. On a CPU the weights are also laid out beforehand as
-oneDNN's products read them.
+In bf16 they are what autocast would make of them in every pass, made once: the numbers are
+autocast's own, to the bit. On a CPU they are also laid out beforehand as oneDNN's products read
+them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,17 @@ def lower_weights(model: nn.Module) -> None:
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and _can_lay_out():
             module.__class__ = _LaidOutLinear
             module.laid_out = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _HINT)
+
+
+def lay_out_convolutions(model: nn.Module) -> None:
+    """Lay out a frozen convolutional network's weights channels-last, and with them its maps.
+
+    Only where dense convolutions are most of it: elsewhere there is nothing to win.
+    """
+    dense = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    whole = sum(p.numel() for p in model.parameters())
+    if 2 * sum(m.weight.numel() for m in dense) > whole:
+        model.to(memory_format=torch.channels_last)
 
 
 def _can_lay_out() -> bool:

@@ -17,6 +17,7 @@ from featdistill.engine.schedule import Schedule
 from featdistill.models.backbone import IMAGENET_MEAN, IMAGENET_STD, Backbone
 from featdistill.models.droppath import skip_dropped
 from featdistill.models.load import load_backbone
+from featdistill.models.lowered import lay_out_convolutions
 from featdistill.models.resize import resize
 from featdistill.models.students import PositionName, build_student
 from featdistill.models.transfer import continue_from, position_of
@@ -69,6 +70,7 @@ def assemble(config: DistillConfig) -> Assembly:
     teacher, student = objective.teacher, objective.student
     settle(runtime, student, config.run)
     runtime.suit(teacher)
+    lay_out_convolutions(teacher.model)
     match config.teacher.precision:
         case Precision.BF16:
             objective.teacher_precision = "bf16"
