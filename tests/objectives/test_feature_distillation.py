@@ -427,3 +427,54 @@ def test_layer_that_is_not_there(layer: int) -> None:
 def test_logits_of_a_teacher_without_a_classifier() -> None:
     with pytest.raises(ModelError, match=r"no classifier.*--target map or gap"):
         objective(target="logits")
+
+
+# --- what the teacher said, kept
+
+
+def told(made: FeatureDistillation, data: Batch) -> Batch:
+    """The batch with what the teacher says of it, as a cache keeps it."""
+    return replace(data, taught=made.taught_by(made.teacher_features(data)).bfloat16())
+
+
+@pytest.mark.parametrize("target", ["map", "gap", "pooled"])
+@pytest.mark.parametrize("patch", [16, 8])
+@pytest.mark.parametrize("order", ["before-whitening", "after-whitening"])
+@torch.no_grad()
+def test_kept_targets_are_the_teachers(target: str, patch: int, order: str) -> None:
+    made = objective(taught_by=teacher(patch_size=patch), target=target, resample_order=order)
+    data = batch(4)
+    kept = told(made, data)
+    assert kept.taught.shape == (4, 1 + (32 // patch) ** 2 if target == "map" else 1, 32)
+    # layernorm keeps bf16's relative rounding, 2^-9 of values up to 4
+    torch.testing.assert_close(made.targets(kept), made.targets(data), rtol=2**-8, atol=2**-7)
+    assert not torch.equal(made.targets(kept), made.targets(data))  # of bf16, after all
+    assert made.targets(kept).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_what_is_kept_serves_a_student_without_cls() -> None:
+    with_cls, without = objective(), objective(learner=tiny("swinv2_tiny_window8_256"))
+    assert (with_cls.pairing.prefix, without.pairing.prefix) == (("cls",), ())
+    data = batch(4)
+    kept = told(with_cls, data)
+    assert torch.equal(kept.taught, told(without, data).taught)
+    assert without.targets(kept).shape == without.predictions(kept).shape
+    torch.testing.assert_close(without.targets(kept), without.targets(data), rtol=2**-8, atol=2**-7)
+
+
+def test_kept_targets_spare_the_teacher() -> None:
+    made = objective().train()
+    kept = told(made, batch(4))
+    made.teacher.forward = None  # whoever calls it fails
+    made(kept).total.backward()
+    with pytest.raises(TypeError):
+        made(batch(4))
+
+
+def test_kept_targets_are_split_with_their_batch() -> None:
+    kept = told(objective(), batch(4))
+    parts = kept.split(2)
+    assert torch.equal(torch.cat([p.taught for p in parts]), kept.taught)
+    assert kept.to(torch.device("meta")).taught.is_meta
+    assert kept.as_float().taught is kept.taught

@@ -66,6 +66,8 @@ class Batch:
         views: each (B, 3, height, width); uint8 as it travels, float32 in [0, 1] after `as_float`.
         labels: (B,) int64, or None for unlabelled data.
         masks: (B, height, width) int16 class numbers, -1 where unlabelled; segmentation only.
+        taught: (B, N, D), what the teacher says of the view (see `FeatureDistillation.taught_by`),
+            bf16 from a cache; None: it has to be asked.
         indices: (B,) int64, each sample's place in its source.
         positions: (B,) int64 on CPU, each sample's place in the global batch.
         replaced: unreadable samples of this batch.
@@ -79,6 +81,7 @@ class Batch:
     replaced: tuple[Replaced, ...] = ()
     stream: SampleStream | None = None
     masks: Tensor | None = None
+    taught: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -89,7 +92,7 @@ class Batch:
         return len(self.indices)
 
     def to(self, device: torch.device) -> Batch:
-        """Views, labels and masks on `device`; indices and positions stay on the CPU."""
+        """Everything but indices and positions, which stay on the CPU, on `device`."""
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def as_float(self) -> Batch:
@@ -101,12 +104,13 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with its views, labels and masks changed."""
+        """The batch with its views, labels, masks and what was taught changed."""
         return replace(
             self,
             views=tuple(change(v) for v in self.views),
             labels=None if self.labels is None else change(self.labels),
             masks=None if self.masks is None else change(self.masks),
+            taught=None if self.taught is None else change(self.taught),
         )
 
     def split(self, parts: int) -> list[Batch]:
@@ -120,6 +124,7 @@ class Batch:
                 views=tuple(v[cut] for v in self.views),
                 labels=None if self.labels is None else self.labels[cut],
                 masks=None if self.masks is None else self.masks[cut],
+                taught=None if self.taught is None else self.taught[cut],
                 indices=self.indices[cut],
                 positions=self.positions[cut],
             )

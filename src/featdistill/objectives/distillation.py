@@ -7,8 +7,8 @@ B batch, P paired prefix tokens, N = P + h w tokens, C student and D teacher cha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +33,8 @@ Precision = Literal["float32", "bf16"]
 TargetName = Literal["map", "gap", "pooled", "logits"]
 DistanceName = Literal["smooth-l1", "mse", "l1", "cosine"]
 ResampleOrder = Literal["before-whitening", "after-whitening"]
+
+_PAIRABLE = ("cls",)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def pair(teacher: Backbone, student: Backbone, layer: int | Literal["auto", "las
             f"teacher layer {chosen} of '{teacher.origin.spec}'",
             expected=f"0 to {len(grids) - 1}, or -{len(grids)} to -1, auto or last",
         )
-    names = tuple(n for n in ("cls",) if n in teacher.prefix_names and n in student.prefix_names)
+    names = tuple(n for n in _PAIRABLE if n in teacher.prefix_names and n in student.prefix_names)
     left = [f"teacher.{n}" for n in teacher.prefix_names if n not in names]
     left += [f"student.{n}" for n in student.prefix_names if n not in names]
     grid = teacher.grid if chosen is None else grids[chosen]
@@ -118,6 +120,14 @@ def distance(
             found = 1 - F.cosine_similarity(prediction, target, dim=-1)
             found = found.mean() if whole else found
     return found if whole else found.flatten(1).mean(1)
+
+
+def _tokens(
+    map_: Tensor, prefix: Tensor, names: tuple[str, ...], wanted: tuple[str, ...]
+) -> Tensor:
+    """The wanted prefix tokens and those of the map, (B, N, C)."""
+    chosen = [prefix[:, names.index(n)].unsqueeze(1) for n in wanted]
+    return torch.cat([*chosen, map_.flatten(2).transpose(1, 2)], dim=1)
 
 
 class FeatureDistillation(nn.Module):
@@ -163,12 +173,14 @@ class FeatureDistillation(nn.Module):
         self.resample_order = resample_order
         self.student = student
         self._teacher = (teacher.requires_grad_(False).eval(),)  # a tuple hides it from nn.Module
+        self._resting = False
         self.pairing = pair(teacher, student, layer if target in ("map", "gap") else "last")
         if target == "logits" and not teacher.num_classes:
             raise ModelError(
                 f"teacher '{teacher.origin.spec}' has no classifier, so no logits",
                 fix="use --target map or gap",
             )
+        self._taught_prefix = tuple(n for n in _PAIRABLE if n in teacher.prefix_names)
         channels = self._target_channels(teacher)
         with seeded_globals("projector", seed):
             self.projector = nn.Linear(student.width, channels)
@@ -178,6 +190,13 @@ class FeatureDistillation(nn.Module):
     def teacher(self) -> Backbone:
         """The frozen teacher."""
         return self._teacher[0]
+
+    @property
+    def taught_shape(self) -> tuple[int, int]:
+        """(N, D) of what the teacher says of a view; see `taught_by`."""
+        h, w = self.pairing.teacher_grid
+        tokens = len(self._taught_prefix) + h * w if self.target == "map" else 1
+        return tokens, self.projector.out_features
 
     def _target_channels(self, teacher: Backbone) -> int:
         if self.target == "logits":
@@ -193,34 +212,73 @@ class FeatureDistillation(nn.Module):
         return int(entry["num_chs"])
 
     def to_device(self, device: torch.device) -> None:
-        """Move the teacher, which `nn.Module.to` does not see."""
+        """Move the teacher, which `nn.Module.to` does not see; not one that rests."""
+        if not self._resting:
+            self._wake(device)
+
+    def _wake(self, device: torch.device) -> None:
         self.teacher.to(device)
         if self.teacher_precision == "bf16":
             lower_weights(self.teacher.model)
 
+    def rest(self) -> None:
+        """Keep the teacher on the CPU: all batches to come bring what it says of them."""
+        self._resting = True
+        self.teacher.cpu()
+
+    @contextmanager
+    def awake(self, device: torch.device) -> Iterator[None]:
+        """The teacher on a device for a block, even if it rests."""
+        if not self._resting:
+            yield
+            return
+        self._wake(device)
+        try:
+            yield
+        finally:
+            self.teacher.cpu()
+
     def targets(self, batch: Batch) -> Tensor:
-        """The teacher's whitened features: (B, N, D), or (B, 1, D) but for the map."""
+        """The teacher's whitened features: (B, N, D), or (B, 1, D) but for the map.
+
+        A batch that knows what the teacher says (`Batch.taught`) spares its pass.
+        """
+        if batch.taught is not None:
+            return self._whitened(batch.taught.float())
         return self.targets_of(self.teacher_features(batch))
 
     def targets_of(self, features: Features) -> Tensor:
         """Whitened targets from what `teacher_features` gives."""
-        raw, map_like = self._raw_targets(features)
-        if not map_like or self.resample_order == "before-whitening":
-            return self.whitening(raw)
+        return self._whitened(self.taught_by(features))
+
+    def _whitened(self, raw: Tensor) -> Tensor:
+        """Targets on the student's grid, from what `taught_by` gives."""
+        target: Tensor = self.whitening(self._to_whiten(raw))
+        return target if self.resample_order == "before-whitening" else self._on_grid(target)
+
+    def _to_whiten(self, raw: Tensor) -> Tensor:
+        if self.target == "map":
+            # a token that this student has no partner for is still there for others'
+            raw = raw[:, len(self._taught_prefix) - len(self.pairing.prefix) :]
+        return self._on_grid(raw) if self.resample_order == "before-whitening" else raw
+
+    def _on_grid(self, raw: Tensor) -> Tensor:
+        """A map's tokens carried to the student's grid, beside the prefix; a vector as it is."""
+        if self.target != "map" or not self.pairing.resampled:
+            return raw
         p = len(self.pairing.prefix)
-        whitened = self.whitening(raw)
-        h, w = self.pairing.teacher_grid
-        map_ = whitened[:, p:].transpose(1, 2).unflatten(2, (h, w))
+        map_ = raw[:, p:].transpose(1, 2).unflatten(2, self.pairing.teacher_grid)
         map_ = resample(map_, self.pairing.student_grid)
-        return torch.cat([whitened[:, :p], map_.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([raw[:, :p], map_.flatten(2).transpose(1, 2)], dim=1)
 
     @torch.no_grad()
-    def teacher_features(self, batch: Batch) -> Features:
-        """The teacher's features, with the layer that the target wants."""
+    def teacher_features(self, batch: Batch, layers: tuple[int, ...] | None = None) -> Features:
+        """The teacher's features, with the layer that the target wants (or with these)."""
         images = batch.images
         if images.shape[-2:] != self.teacher.image_size:
             images = F.interpolate(images, self.teacher.image_size, mode="bilinear", antialias=True)
-        layers = () if self.pairing.layer is None else (self.pairing.layer,)
+        if layers is None:
+            layers = () if self.pairing.layer is None else (self.pairing.layer,)
         with self._teacher_autocast(images.device.type):
             features: Features = self.teacher(
                 images, layers, stream=batch.stream, slot_name="teacher"
@@ -233,26 +291,27 @@ class FeatureDistillation(nn.Module):
         return torch.autocast(device, torch.bfloat16, enabled=self.teacher_precision == "bf16")
 
     @torch.no_grad()
-    def _raw_targets(self, features: Features) -> tuple[Tensor, bool]:
-        """Unwhitened targets, and whether they are the tokens of a map."""
+    def taught_by(self, features: Features) -> Tensor:
+        """What of `teacher_features` is learned, before whitening: (B, N, D), as in `Batch.taught`.
+
+        The teacher's CLS (if it has one) and the map's tokens, on its own grid; but for the map,
+        N = 1. Nothing but the layer depends on the student, so that several may share it.
+        """
         layer = self.pairing.layer
         map_, prefix = features.map, features.prefix
         if layer is not None:
             map_, prefix = features.layers[layer].map, features.layers[layer].prefix
-        if self.target == "logits":
-            assert features.logits is not None
-            return features.logits[:, None], False
-        if self.target == "pooled":
-            return features.pooled[:, None], False
-        if self.target == "gap":
-            return map_.mean((2, 3))[:, None], False
-        if self.resample_order == "before-whitening":
-            map_ = resample(map_, self.pairing.student_grid)
-        return self._tokens(map_, prefix, features.prefix_names), True
-
-    def _tokens(self, map_: Tensor, prefix: Tensor, names: tuple[str, ...]) -> Tensor:
-        paired = [prefix[:, names.index(n)].unsqueeze(1) for n in self.pairing.prefix]
-        return torch.cat([*paired, map_.flatten(2).transpose(1, 2)], dim=1)
+        match self.target:
+            case "logits":
+                assert features.logits is not None
+                return features.logits[:, None]
+            case "pooled":
+                return features.pooled[:, None]
+            case "gap":
+                return map_.mean((2, 3))[:, None]
+            case "map":
+                taught = self._taught_prefix
+                return _tokens(map_, prefix, features.prefix_names, taught)
 
     def predictions(self, batch: Batch) -> Tensor:
         """The student's projected features, shaped as the targets."""
@@ -269,7 +328,8 @@ class FeatureDistillation(nn.Module):
     def predictions_of(self, features: Features) -> Tensor:
         """Projected features from what `student_features` gives, shaped as the targets."""
         if self.target == "map":
-            tokens = self._tokens(features.map, features.prefix, features.prefix_names)
+            paired = self.pairing.prefix
+            tokens = _tokens(features.map, features.prefix, features.prefix_names, paired)
         else:
             tokens = features.map.mean((2, 3))[:, None]
         return self.projector(tokens)
@@ -292,7 +352,7 @@ class FeatureDistillation(nn.Module):
         if not isinstance(self.whitening, Statistics):
             return False
         self.whitening.calibrate(
-            self._raw_targets(self.teacher_features(batch))[0] for batch in batches
+            self._to_whiten(self.taught_by(self.teacher_features(batch))) for batch in batches
         )
         return True
 
@@ -300,3 +360,13 @@ class FeatureDistillation(nn.Module):
         """Called by the loop once after each step."""
         if isinstance(self.whitening, Standardize):
             self.whitening.end_step(reduce)
+
+
+@torch.no_grad()
+def taught_together(objectives: Sequence[FeatureDistillation], batch: Batch) -> list[Tensor]:
+    """What one pass of a teacher says to each of several students of it; see `taught_by`."""
+    layers = {o.pairing.layer: o for o in objectives}
+    wanted = tuple(sorted(layer for layer in layers if layer is not None))
+    features = objectives[0].teacher_features(batch, wanted)
+    said = {layer: o.taught_by(features) for layer, o in layers.items()}
+    return [said[o.pairing.layer] for o in objectives]
