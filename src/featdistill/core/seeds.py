@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def seeded_globals(*parts: int | str) -> Iterator[None]:
     For library code that draws from the globals (timm's RandAugment, torchvision's transforms,
     weight initialisation).
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = _globals()
     seed = key(*parts)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
@@ -55,9 +56,43 @@ def seeded_globals(*parts: int | str) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        _restore_globals(states)
+
+
+class Generators:
+    """States of the global generators that belong to one of several runs in a process.
+
+    Args:
+        parts: keys that they begin from, as in `seeded_globals`.
+    """
+
+    def __init__(self, *parts: int | str) -> None:
+        with seeded_globals(*parts):
+            self._states = _globals()
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """The global generators go on where this run's last block ended, until the end of this."""
+        before = _globals()
+        _restore_globals(self._states)
+        try:
+            yield
+        finally:
+            self._states = _globals()
+            _restore_globals(before)
+
+
+_States = tuple[Any, Any, Tensor]
+
+
+def _globals() -> _States:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _restore_globals(states: _States) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
 
 
 def uniforms(base: int, *axes: np.ndarray) -> np.ndarray:

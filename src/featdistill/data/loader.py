@@ -23,6 +23,7 @@ from featdistill.data.decode import BadImage
 from featdistill.data.joint_views import JointView
 from featdistill.data.masks import PairSource
 from featdistill.data.sources import Source
+from featdistill.data.teacher_cache import TeacherCache
 from featdistill.data.views import Address, View
 from featdistill.data.workers import AtWork, processes, trouble_of
 
@@ -94,6 +95,7 @@ class _Sample:
     item: Item
     replaced: tuple[Replaced, ...]
     mask: Tensor | None = None
+    taught: Tensor | None = None
 
 
 def _look(
@@ -109,19 +111,29 @@ def _look(
 
 
 class Samples(Dataset[_Sample]):
-    """Views of a source by address; an unreadable image is replaced by a keyed other one."""
+    """Views of a source by address; an unreadable image is replaced by a keyed other one.
 
-    def __init__(self, source: Source, view: View | JointView, seed: int) -> None:
-        self.source, self.view, self.seed = source, view, seed
+    Args:
+        cache: brings what the teacher says of each view, and says which views there are.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: View | JointView,
+        seed: int,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self.source, self.view, self.seed, self.cache = source, view, seed, cache
         self.at_work = AtWork()
 
     def __getitem__(self, item: Item) -> _Sample:
         index, failures = item.index, []
         for attempt in range(_ATTEMPTS):
             try:
-                address = (self.seed, item.epoch, index)
                 self.at_work.on(index)
-                views, mask = _look(self.source, self.view, index, address)
+                views, mask = _look(self.source, self.view, index, self._address(item, index))
+                taught = self._taught(item, index)
                 break
             except BadImage as error:
                 rng = generator("substitute", self.seed, item.epoch, item.index, attempt)
@@ -137,13 +149,24 @@ class Samples(Dataset[_Sample]):
         labels = self.source.labels
         label = None if labels is None else int(labels[index])
         self.at_work.done()
-        return _Sample(views, label, item, tuple(failures), mask)
+        return _Sample(views, label, item, tuple(failures), mask, taught)
+
+    def _address(self, item: Item, index: int) -> Address:
+        if self.cache is None:
+            return self.seed, item.epoch, index
+        return self.cache.address(item.epoch, index)
+
+    def _taught(self, item: Item, index: int) -> Tensor | None:
+        if self.cache is None:
+            return None
+        return self.cache.read(self._address(item, index)[1], index)
 
 
 def collate(samples: list[_Sample]) -> Batch:
     """Stack samples into a batch."""
     labels = [s.label for s in samples if s.label is not None]
     masks = [s.mask for s in samples if s.mask is not None]
+    taught = [s.taught for s in samples if s.taught is not None]
     return Batch(
         views=tuple(torch.stack(same) for same in zip(*(s.views for s in samples), strict=True)),
         labels=torch.tensor(labels) if len(labels) == len(samples) else None,
@@ -151,6 +174,8 @@ def collate(samples: list[_Sample]) -> Batch:
         positions=torch.tensor([s.item.position for s in samples]),
         replaced=tuple(r for s in samples for r in s.replaced),
         masks=torch.stack(masks) if masks else None,
+        # of a batch with a damaged entry none is taken: see `TeacherPass.complete`
+        taught=torch.stack(taught) if len(taught) == len(samples) else None,
     )
 
 
@@ -171,12 +196,14 @@ def training_batches(
     workers: int | None = None,
     share: Share = Share(),
     pin_memory: bool = False,
+    cache: TeacherCache | None = None,
 ) -> DataLoader[Batch]:
     """Batches of steps `start` .. `stop`, the same whatever the number of workers.
 
     Args:
         batch_size: global, over all processes.
         share: this process among all.
+        cache: gives each batch what the teacher says of it (`Batch.taught`).
 
     Raises:
         DataError: the batch is larger than the data.
@@ -186,7 +213,7 @@ def training_batches(
     )
     workers = min(default_workers(share.world) if workers is None else workers, stop - start)
     return DataLoader(
-        Samples(source, view, seed),  # type: ignore[arg-type]
+        Samples(source, view, seed, cache),  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=collate,
         pin_memory=pin_memory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from featdistill.core.types import Batch
 from featdistill.data.joint_views import JointView
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
+from featdistill.data.teacher_cache import TeacherCache
 from featdistill.data.views import View
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.batches import check_batch, check_batch_norm
@@ -53,6 +54,9 @@ class Plan:
         best: the score by which the best state is kept beside the newest; None: it is not kept.
         nonfinite: what becomes of a run with a step whose loss or gradient is no number: it stops,
             or skips up to `nonfinite_limit` of them. The weights never see such a step.
+        cache: brings each batch what a teacher says of it.
+        complete: from step and loaded batch to the batch to learn from; the loading processes
+            cannot do it.
     """
 
     source: Source
@@ -76,6 +80,8 @@ class Plan:
     tensorboard: bool = True
     title: str = "training"
     quiet: bool = False
+    cache: TeacherCache | None = None
+    complete: Callable[[int, Batch], Batch] | None = None
 
     @property
     def steps_between_evaluations(self) -> int:
@@ -135,19 +141,22 @@ def fit(
     """
     # a model's own dropout draws from the global generator: it too starts from the seed
     with seeded_globals("fit", plan.seed):
-        return _fit(objective, optimizer, plan, runtime, folder, resume, evaluate, average)
+        loop = open_loop(objective, optimizer, plan, runtime, folder, resume, evaluate, average)
+        with closing(loop.metrics), stop_on_signals() as request:
+            return loop.run(request)
 
 
-def _fit(
+def open_loop(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     plan: Plan,
     runtime: Runtime,
     folder: Path,
     resume: bool,
-    evaluate: Callable[[], Mapping[str, float]] | None,
-    average: WeightAverage | None,
-) -> FitResult:
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    average: WeightAverage | None = None,
+) -> _Loop:
+    """A run at its first step, or where it was stopped; for the arguments see `fit`."""
     world, parts = runtime.share.world, plan.micro_batches
     check_batch(plan.batch_size, processes=world, micro_batches=parts)
     check_batch_norm(objective, processes=world, micro_batches=parts)
@@ -184,7 +193,9 @@ def _fit(
         meter=meter,
         watch=watch,
     )
-    loop = _Loop(
+    return _Loop(
+        start=start,
+        stop=stop,
         objective=objective,
         optimizer=optimizer,
         step=step,
@@ -204,8 +215,6 @@ def _fit(
         else None,
         bar=Bar(plan.title, quiet=plan.quiet or not runtime.first),
     )
-    with closing(metrics), stop_on_signals() as request:
-        return loop.run(start, stop, request)
 
 
 def _books(plan: Plan, folder: Path, start: int) -> Books:
@@ -236,6 +245,8 @@ def _checkpoint_of(checkpoints: Checkpoints, runtime: Runtime) -> Checkpoint | N
 
 @dataclass
 class _Loop:
+    start: int
+    stop: int
     objective: nn.Module
     optimizer: torch.optim.Optimizer
     step: TrainingStep
@@ -254,7 +265,21 @@ class _Loop:
     bar: Bar
     last: dict[str, float] = field(default_factory=dict)
 
-    def run(self, start: int, stop: int, request: StopRequest) -> FitResult:
+    def run(self, request: StopRequest) -> FitResult:
+        """Take all steps."""
+        with closing(self.turns(request)) as turns:
+            try:
+                next(turns)
+                for batch in self.batches(self.start):
+                    turns.send(batch)
+            except StopIteration as end:
+                result: FitResult = end.value
+                return result
+        raise AssertionError("a loop ends with its last batch")
+
+    def turns(self, request: StopRequest) -> Generator[None, Batch, FitResult]:
+        """Take a step for each batch that is sent; `engine.together` has several take turns."""
+        start, stop = self.start, self.stop
         plan, began = self.plan, time.monotonic()
         meter, vote = self.meter, Vote(self.runtime, 2)
         every = plan.steps_between_evaluations
@@ -264,7 +289,8 @@ class _Loop:
         try:
             if self.evaluate and plan.eval_first and start == 0:
                 self._evaluate(0, meter)
-            for step, batch in enumerate(self._batches(start, stop, meter), start):
+            for step in range(start, stop):
+                batch = yield
                 self._step(step, batch)
                 done = step + 1
                 final = done == stop
@@ -299,8 +325,9 @@ class _Loop:
             fix="go on with the same command and --resume",
         )
 
-    def _batches(self, start: int, stop: int, meter: Meter) -> Iterator[Batch]:
-        """Batches of the steps to do, timing how long the loop waits for them."""
+    def batches(self, start: int) -> Iterator[Batch]:
+        """Batches of the steps from `start` on, timing how long the loop waits for them."""
+        stop = self.stop
         if start >= stop:
             return
         loader = training_batches(
@@ -313,15 +340,16 @@ class _Loop:
             workers=self.plan.workers,
             share=self.runtime.share,
             pin_memory=self.runtime.device.type == "cuda",
+            cache=self.plan.cache,
         )
         loader.worker_init_fn = shielded(loader.worker_init_fn)
         iterator = plainly(loader)
-        while True:
+        for step in range(start, stop):
             before = time.monotonic()
-            batch = next(iterator, None)
-            meter.waited += time.monotonic() - before
-            if batch is None:
-                return
+            batch = next(iterator)
+            if self.plan.complete is not None:
+                batch = self.plan.complete(step, batch)
+            self.meter.waited += time.monotonic() - before
             yield batch
 
     def _step(self, step: int, batch: Batch) -> None:

@@ -44,6 +44,7 @@ _HARMLESS = frozenset(
         "signal.knn_k",
         "signal.rank_alarm",
         "schedule.stop_at",
+        "teacher_cache.folder",  # what it holds is checked; with it or without, the views tell
         "data.workers",
         "data.bad_images",
         "data.bad_image_limit",
@@ -94,6 +95,7 @@ def open_run(
     first: bool = True,
     weights: Mapping[str, str] | None = None,
     may_change: frozenset[str] = frozenset(),
+    log_here: bool = True,
 ) -> Path:
     """Make a run's folder, or open it again; of several processes, only the first touches it.
 
@@ -102,6 +104,7 @@ def open_run(
             name may hold others when the run is resumed.
         may_change: settings by dotted path that a resumed run may have otherwise, since what was
             done so far holds whatever they are.
+        log_here: write log.txt here from now on.
 
     Raises:
         RunError: see `check_out`; another process has the folder; or the resumed run had another
@@ -134,7 +137,8 @@ def open_run(
         raise RunError(
             f"cannot write to output '{out}' ({error.strerror or error})", fix="give another --out"
         ) from None
-    _log_to(path / "log.txt")
+    if log_here:
+        _log_to(path / "log.txt")
     for note in notes:
         log.warning(note)
         print(note, file=sys.stderr)
