@@ -443,3 +443,24 @@ def test_an_unreadable_image_where_none_is_tolerated(
         assert "Traceback" not in err
         assert '"index": 5' in (tmp_path / folder / "quarantine.jsonl").read_text()
     assert main([*words, "--data.bad_image_limit", "0.2", "--out", str(tmp_path / "c")]) == 0
+
+
+def test_teacher_cache(capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path) -> None:
+    words = ["distill", *TEACHER, *STUDENT, *DIGITS, *out]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.png").write_bytes(b"")
+    mine = ["--teacher-cache", str(tmp_path / "mine")]
+    fails(capsys, *words, *mine, says=("no teacher cache (it holds 'photo.png')", "an empty"))
+    fails(capsys, *words, *mine, "--teacher.drop_path", "0.1", says=("drop path of 0.1 has many",))
+    fails(capsys, *words, "--teacher-cache-views", "3", says=("of no use without a folder",))
+    fails(capsys, *words, *mine, "--teacher-cache-views", "0", says=("greater than 0",))
+    fails(capsys, *words, "--teacher-cach", "x", says=("did you mean 'teacher-cache'",))
+    assert not Path(out[1]).exists()
+
+
+def test_several_students(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    words = ["distill", *TEACHER, "--student", "vit-t", *DIGITS, *out]
+    fails(capsys, *words, "--student", "vit-z", says=("vit-z", "did you mean"))
+    swin = ["--student", "swin-t", "--position", "ape"]
+    fails(capsys, *words, *swin, says=("swin",))
+    assert not Path(out[1]).exists()

@@ -36,8 +36,12 @@ def featdistill(*words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def rows(out: Path, *more: str) -> list[dict[str, float]]:
+def rows(out: Path, *more: str, read: bool = True) -> list[dict[str, float]]:
     featdistill("distill", *WORDS, "--out", str(out), *more)
+    return metrics(out) if read else []
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -51,6 +55,23 @@ def test_processes_and_micro_batches_change_only_rounding(tmp_path: Path) -> Non
         alone, together = ([row[name] for row in run if name in row] for run in (one, two))
         assert len(alone) == times
         assert together == pytest.approx(alone, rel=1e-4), name
+
+
+def test_two_processes_fill_the_cache_of_one(tmp_path: Path) -> None:
+    """Each its shards, to the same bits, and both read all; two students of each step's batch."""
+    cache = ("--teacher-cache-views", "1", "--student", "vit-t")
+    one = rows(tmp_path / "one", "--teacher-cache", str(tmp_path / "a"), *cache[:2])
+    both = ("--run.devices", "2", "--teacher-cache", str(tmp_path / "b"))
+    rows(tmp_path / "two", *cache, *both, read=False)
+    files = [sorted((tmp_path / name).rglob("*.safetensors")) for name in "ab"]
+    assert len(files[0]) == len(files[1]) == 5
+    for mine, theirs in zip(*files, strict=True):
+        assert mine.read_bytes() == theirs.read_bytes()
+    for student in ("vit-t", "vit-t-2"):
+        two = metrics(tmp_path / "two" / student)
+        losses = ([row["loss"] for row in run if "loss" in row] for run in (one, two))
+        alone, together = losses
+        assert together == pytest.approx(alone, rel=1e-4)
 
 
 def test_two_processes_score_every_image_once(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from featdistill.config.sections import Target
 from featdistill.core.errors import FeatDistillError, NonFiniteError, RunError
 from featdistill.objectives.distillation import FeatureDistillation
 from featdistill.tasks import preflight as preflight_module
-from featdistill.tasks.assembly import Assembly, assemble
+from featdistill.tasks.assembly import Assembly, assemble, assemble_all, students_of
 from featdistill.tasks.describe import describe, shapes
 from featdistill.tasks.preflight import preflight
 from tests.tasks.conftest import SHAPE, TINY
@@ -103,7 +103,7 @@ def test_its_first_loss_is_the_runs(teacher: Path, tmp_path: Path) -> None:
     options = {"run": {"log_every": 1}, "steps": 2}
     config, assembly = assembled(teacher, **options)
     batches, _ = preflight_module._load(config, assembly, 2)
-    steps = preflight_module._steps(config, assembly, assembly.objective, batches)
+    steps = preflight_module._steps(config, assembly, [assembly.objective], batches)
     distill(teacher, tmp_path / "run", **options)
     assert steps[0].loss == pytest.approx(losses(tmp_path / "run")[0], rel=1e-5)
 
@@ -141,7 +141,7 @@ def test_a_long_step_is_taken_once(teacher: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(preflight_module, "_LONG", 0.0)
     config, assembly = assembled(teacher)
     batches, _ = preflight_module._load(config, assembly, 3)
-    assert len(preflight_module._steps(config, assembly, assembly.objective, batches)) == 1
+    assert len(preflight_module._steps(config, assembly, [assembly.objective], batches)) == 1
     assert preflight(config, assembly).step > 0
 
 
@@ -157,7 +157,7 @@ def test_slow_loading_is_said(teacher: Path) -> None:
 def test_none_where_none_is_wanted(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry step was taken")
 
     if "resume" in option:
@@ -298,7 +298,8 @@ def test_another_processs_failure_ends_this_one_too(
     teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, assembly = assembled(teacher)
-    monkeypatch.setattr(type(assembly.runtime), "sum", lambda self, value: value + 1)
+    theirs = RunError("another process has no memory")
+    monkeypatch.setattr(type(assembly.runtime), "collect", lambda _, mine: [mine, theirs])
     with pytest.raises(RunError, match="another process"):
         preflight(config, assembly)
 
@@ -332,3 +333,27 @@ def test_a_full_disk_is_found_before_the_run(
     with pytest.raises(FeatDistillError, match=r"where 0\.0 MiB are free"):
         distill(teacher, tmp_path / "deep/in/run")
     assert not (tmp_path / "deep").exists()
+
+
+def test_with_a_cache_the_teachers_time_is_paid_once(teacher: Path, tmp_path: Path) -> None:
+    kept = {"teacher_cache": {"folder": str(tmp_path / "cache"), "views": 2}, "holdout": "none"}
+    config, assembly = assembled(teacher, **kept, steps=1000)
+    cost = replace(preflight(config, assembly), teacher=3.0, student=1.0)
+    assert cost.filling is not None
+    assert cost.step == 1.0
+    assert replace(cost, filling=None).step == 4.0
+    said = " ".join("\n".join(cost.lines(32, 100)).split())
+    assert "the student alone, since the cache spares the teacher's 3.00 s" in said
+    assert "to fill the teacher cache" in said
+    # 2 views of 1198 images, in batches of 32, each of which takes the teacher or its loading
+    assert cost.filling > 2 * 1198 / 32 * cost.loading
+
+
+def test_all_students_are_in_it(teacher: Path) -> None:
+    options: dict[str, Any] = {**TINY, "teacher": str(teacher), "steps": 6}
+    config: Any = resolve("check", {**options, "student": {"name": ("vit-t", "vit-t"), **SHAPE}})
+    assembly, *others = assemble_all(students_of(config))
+    one = preflight(config, assembly)
+    both = preflight(config, assembly, others=others)
+    assert both.disk == 2 * one.disk
+    assert both.loss == pytest.approx(one.loss, rel=1e-6)

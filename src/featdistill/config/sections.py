@@ -124,10 +124,43 @@ class TeacherConfig(ModelConfig):
     )
 
 
+class TeacherCacheConfig(Section):
+    """What the teacher says, kept on disk: views then repeat, and the teacher speaks only once."""
+
+    folder: str | None = Field(
+        None,
+        description="keep what the teacher says in this folder, and take it from there; views then "
+        "repeat (see docs/teacher-cache.md)",
+    )
+    views: Positive | None = Field(
+        None, description="fixed views of each image in the cache, 4 by default"
+    )
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="seed of the fixed views; the run's by default"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _views(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("folder") and values.get("views") is None:
+            return {**values, "views": 4}
+        return values
+
+    @model_validator(mode="after")
+    def _used(self) -> TeacherCacheConfig:
+        if self.folder is None and (self.views is not None or self.seed is not None):
+            raise ValueError("views and seed are of no use without a folder (--teacher-cache)")
+        return self
+
+
 class StudentConfig(Section):
     """The model to make."""
 
-    name: str = Field("vit-b", description="vit-t/s/b/l, swin-t/s/b/g, or timm/NAME")
+    name: str | tuple[str, ...] = Field(
+        "vit-b",
+        description="vit-t/s/b/l, swin-t/s/b/g, or timm/NAME; several learn from one pass of the "
+        "teacher, each in a folder of its name",
+    )
     patch: Positive | None = Field(
         None, description="patch side in pixels; 16 (vit-l 14, swin 4) by default"
     )
@@ -153,6 +186,20 @@ class StudentConfig(Section):
         description="std of a ViT's random weights; the official 0.02 by default, "
         "more below a width of 768",
     )
+
+    @field_validator("name", mode="before")
+    @classmethod
+    def _one_is_no_list(cls, value: object) -> object:
+        if isinstance(value, list | tuple) and len(value) == 1:
+            return value[0]
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError("no student is named")
+        return value
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All students."""
+        return (self.name,) if isinstance(self.name, str) else self.name
 
 
 class NewModelConfig(Section):

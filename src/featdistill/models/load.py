@@ -334,6 +334,11 @@ def find_export(folder: Path) -> Path:
             "no classifier that pools so",
             fix="give the folder of one of its models, or probe with --pool mean, cls or model",
         )
+    if students := sorted(file.parent for file in folder.glob("*/distill.json")):
+        raise RunError(
+            f"the run in '{folder}' is of several students",
+            fix=f"give one of them: {' or '.join(map(str, students))}",
+        )
     if (folder / "config.yaml").is_file():
         raise RunError(
             f"the run in '{folder}' has no export yet",

@@ -87,7 +87,7 @@ class Material:
 
 
 def gather(folders: Sequence[Path]) -> Material:
-    """Every record in these folders (not below them).
+    """Every record in these folders (below them only the students of a distillation of several).
 
     Raises:
         RunError: a folder is absent or has no record; a record cannot be read.
@@ -111,6 +111,9 @@ def _of(folder: Path) -> list[Found]:
     known = ("compare", *_RUNS, *DIAGNOSES)
     files = [folder / f"{kind}.json" for kind in known]
     found = [Found(f, f.stem, showable(read_record(f, f.stem))) for f in files if f.is_file()]
+    if not found:
+        students = sorted(file.parent for file in folder.glob("*/distill.json"))
+        found = [record for student in students for record in _of(student)]
     if not found:
         begun = (folder / "config.yaml").is_file()
         raise RunError(

@@ -59,6 +59,13 @@ def count(value: int) -> str:
     return str(value)
 
 
+def room(value: int) -> str:
+    """Bytes of memory or disk: `1.5 MiB`, `3.20 GiB`, `1,542 GiB`."""
+    if value < 2**30 / 10:
+        return f"{value / 2**20:.1f} MiB"
+    return f"{value / 2**30:.2f} GiB" if value < 10 * 2**30 else f"{value / 2**30:,.0f} GiB"
+
+
 def of_seeds(n: int) -> str:
     """`1 seed`, `3 seeds`."""
     return f"{n} seed{'' if n == 1 else 's'}"

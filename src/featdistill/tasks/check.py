@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from featdistill.config.commands import CheckConfig
-from featdistill.tasks.assembly import assemble
+from featdistill.tasks.assembly import assemble_all, students_of
 from featdistill.tasks.describe import budget_warning, describe, shapes, views_of, width_of
 from featdistill.tasks.preflight import preflight
 
@@ -27,7 +27,8 @@ class CheckResult:
         views: images that the student would see.
         loss: of a step.
         warning: what to do where the data are too few; None if they are enough.
-        shapes: the rows of the shape table, for `teacher` and `student`.
+        shapes: the rows of the shape table, for `teacher` and `student` (of several, each by its
+            folder's name).
     """
 
     seconds_per_step: float
@@ -45,12 +46,12 @@ class CheckResult:
 
 def run(config: CheckConfig) -> CheckResult:
     """Check a distillation; nothing is written."""
-    assembly = assemble(config)
+    assembly, *others = assemble_all(students_of(config))
     console = Console(soft_wrap=True, highlight=False, quiet=not assembly.runtime.first)
-    table, width = shapes(assembly), width_of(console)
-    for line in describe(config, assembly, table, width=width):
+    table, width = shapes(assembly, *others), width_of(console)
+    for line in describe(config, assembly, table, others=others, width=width):
         console.print(line, markup=False)
-    cost = preflight(config, assembly, timed=2)
+    cost = preflight(config, assembly, others=others, timed=2)
     for line in ["", *cost.lines(config.data.batch_size, width)]:
         console.print(line, markup=False)
     return CheckResult(

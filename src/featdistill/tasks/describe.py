@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from rich.console import Console
@@ -12,6 +12,7 @@ from torch import Tensor
 from featdistill.config.commands import DistillConfig
 from featdistill.core.seeds import seeded_globals
 from featdistill.models.backbone import Backbone
+from featdistill.models.weights import tensors_hash
 from featdistill.objectives.distillation import FeatureDistillation
 from featdistill.report.tables import count
 from featdistill.tasks.assembly import Assembly
@@ -24,28 +25,34 @@ Shapes = Mapping[str, Mapping[str, str]]
 
 
 def describe(
-    config: DistillConfig, assembly: Assembly, table: Shapes, *, width: int = _WIDEST
+    config: DistillConfig,
+    assembly: Assembly,
+    table: Shapes,
+    *,
+    others: Sequence[Assembly] = (),
+    width: int = _WIDEST,
 ) -> list[str]:
     """Both sides, what is carried over and what is dropped, how long: as lines of text.
 
     Args:
         table: of `shapes`.
+        others: that learn with it.
         width: columns that the lines may take.
     """
-    objective, data = assembly.objective, assembly.data
-    teacher, student = objective.teacher, objective.student
+    objective, data, all_ = assembly.objective, assembly.data, (assembly, *others)
     steps, views = assembly.schedule.steps, views_of(config, assembly)
     options, width = config.objective, min(width, _WIDEST)
     facts = [
         ("data", f"{len(data.train):,} images of {data.train.name}"),
         ("held out", _held_out(assembly)),
         ("view", _view(assembly)),
-        ("target", _target(objective)),
-        ("resampled", _resampled(objective)),
-        ("dropped", _dropped(objective)),
-        ("projector", f"linear, {student.width} to {objective.projector.out_features} channels"),
+        ("cache", "" if assembly.kept is None else assembly.kept.describe()),
+        *_of_each(all_, "target", _target),
+        *_of_each(all_, "resampled", _resampled),
+        *_of_each(all_, "dropped", _dropped),
+        *_of_each(all_, "projector", _projector),
         ("loss", f"{options.loss.value} to the target, whitened: {options.whitening.value}"),
-        *(("start", note) for note in assembly.notes),
+        *(("start", note) for note in dict.fromkeys(note for a in all_ for note in a.notes)),
         (
             "run",
             f"{steps:,} steps of {config.data.batch_size:,}: {views:,} views, {_share(views)} of "
@@ -53,12 +60,36 @@ def describe(
         ),
         ("on", assembly.runtime.describe()),
         ("note", budget_warning(config, assembly) or ""),
+        ("note", _twins(all_)),
     ]
     lines = [*_table(table, width), ""]
-    for side, model in (("teacher", teacher), ("student", student)):
+    sides = {"teacher": objective.teacher, **{a.name: a.objective.student for a in all_}}
+    for side, model in sides.items():
         if loading := getattr(model.origin, "loading", ()):
             lines += [f"{side}'s checkpoint", *(f"  {line}" for line in loading), ""]
     return lines + [line for name, fact in facts for line in wrapped(name, fact, width)]
+
+
+def _twins(assemblies: Sequence[Assembly]) -> str:
+    """Students that differ in nothing, and will not."""
+    known: dict[tuple[str, float], str] = {}
+    for each in assemblies:
+        student = each.objective.student
+        mine = (tensors_hash(student.model), student.slot.rate)
+        if mine in known:
+            return f"{known[mine]} and {each.name} are one and the same student, and will stay so"
+        known[mine] = each.name
+    return ""
+
+
+def _of_each(
+    assemblies: Sequence[Assembly], name: str, fact: Callable[[FeatureDistillation], str]
+) -> list[tuple[str, str]]:
+    """A fact of every student: once if it is the same of all, else with the students' names."""
+    said = {a.name: fact(a.objective) for a in assemblies}
+    if len(set(said.values())) == 1:
+        return [(name, fact(assemblies[0].objective))]
+    return [(name, f"{student}: {text}") for student, text in said.items() if text]
 
 
 def _held_out(assembly: Assembly) -> str:
@@ -93,10 +124,10 @@ def views_of(config: DistillConfig, assembly: Assembly) -> int:
     return assembly.schedule.steps * config.data.batch_size
 
 
-def shapes(assembly: Assembly) -> Shapes:
-    """What is to be known of teacher and student, by side and by row of the table."""
-    sides = {"teacher": assembly.objective.teacher, "student": assembly.objective.student}
-    return {name: _shape(model, mine=name == "student") for name, model in sides.items()}
+def shapes(assembly: Assembly, *others: Assembly) -> Shapes:
+    """What is to be known of teacher and students, by side and by row of the table."""
+    students = {a.name: _shape(a.objective.student, mine=True) for a in (assembly, *others)}
+    return {"teacher": _shape(assembly.objective.teacher, mine=False), **students}
 
 
 def _shape(model: Backbone, *, mine: bool) -> dict[str, str]:
@@ -139,14 +170,15 @@ def _layout(model: Backbone) -> str:
 
 
 def _table(sides: Shapes, width: int) -> list[str]:
-    column = max(20, (width - _LABEL - 2) // 2)
-    lines = [f"{'':<{_LABEL}}{'teacher':<{column}}  student"]
+    column = max(20, (width - _LABEL - 2) // len(sides) - (len(sides) > 2))
+    lines = [f"{'':<{_LABEL}}{'  '.join(f'{name:<{column}}' for name in sides)}".rstrip()]
     for row in sides["teacher"]:
         cells = [textwrap.wrap(side[row], column) or [""] for side in sides.values()]
         for at in range(max(map(len, cells))):
-            left, right = (cell[at] if at < len(cell) else "" for cell in cells)
+            parts = (cell[at] if at < len(cell) else "" for cell in cells)
             label = row if at == 0 else ""
-            lines.append(f"{label:<{_LABEL}}{left:<{column}}  {right}".rstrip())
+            line = "  ".join(f"{part:<{column}}" for part in parts)
+            lines.append(f"{label:<{_LABEL}}{line}".rstrip())
     return lines
 
 
@@ -157,7 +189,8 @@ def _view(assembly: Assembly) -> str:
         for name, model in (("teacher", objective.teacher), ("student", objective.student))
         if model.image_size != (side, side)
     ]
-    return "; ".join([f"one crop for both, rendered at {side}x{side}", *smaller])
+    who = "all" if assembly.others else "both"
+    return "; ".join([f"one crop for {who}, rendered at {side}x{side}", *smaller])
 
 
 def _target(objective: FeatureDistillation) -> str:
@@ -175,6 +208,11 @@ def _target(objective: FeatureDistillation) -> str:
         "pooled": f"the teacher's own pooled vector of {objective.teacher.pooled_width}",
         "logits": f"the teacher's logits of {objective.teacher.num_classes} classes",
     }[objective.target]
+
+
+def _projector(objective: FeatureDistillation) -> str:
+    projector = objective.projector
+    return f"linear, {projector.in_features} to {projector.out_features} channels"
 
 
 def _resampled(objective: FeatureDistillation) -> str:

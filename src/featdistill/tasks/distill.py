@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.text import Text
@@ -15,19 +15,20 @@ from featdistill.core.records import write_record
 from featdistill.core.seeds import SampleStream
 from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.best import read_best
-from featdistill.engine.loop import FitResult, fit
-from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.loop import FitResult, Plan, fit
+from featdistill.engine.quarantine import Quarantine
 from featdistill.engine.rundir import check_out, open_run, read_metrics
 from featdistill.engine.tracking import console, duration, log, say
 from featdistill.models.backbone import Origin
 from featdistill.models.export import Exported, export_timm
 from featdistill.models.exports.card import public_name
-from featdistill.tasks.assembly import Assembly, assemble
+from featdistill.tasks.assembly import Assembly, assemble, optimizer_of
 from featdistill.tasks.common import plain, plan_of
 from featdistill.tasks.describe import describe, shapes, width_of
 from featdistill.tasks.preflight import preflight
 from featdistill.tasks.provenance import licences_of, origin_record
 from featdistill.tasks.signal import Signal
+from featdistill.tasks.teacher_cache import TeacherPass
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class DistillResult:
         steps: done.
         seconds: of all its sessions.
         last: last logged values: loss, cosine, ...
+        students: of several, each one's result by its folder's name; `export` and `last` are
+            theirs alone.
     """
 
     out: Path
@@ -47,13 +50,18 @@ class DistillResult:
     steps: int
     seconds: float
     last: Mapping[str, float]
+    students: Mapping[str, DistillResult] = field(default_factory=dict)
 
 
 def run(config: DistillConfig) -> DistillResult:
     """Distil, and export the student."""
+    if len(config.student.names) > 1:
+        from featdistill.tasks.distill_several import run_several
+
+        return run_several(config)
     check_out(config.run.out, resume=config.run.resume)
     assembly = assemble(config)
-    lines = _preflight(config, assembly)
+    lines = announce(config, assembly)
     folder = open_run(
         config.run.out,
         config,
@@ -63,20 +71,11 @@ def run(config: DistillConfig) -> DistillResult:
     )
     log.info("\n".join(lines))
     objective = assembly.objective
-    _calibrate(config, assembly)
-    groups = parameter_groups(
-        [("student.model.", objective.student.model), ("projector.", objective.projector)],
-        weight_decay=config.optimizer.weight_decay,
-    )
-    plan = replace(
-        plan_of(config, assembly.data.train, assembly.view, assembly.schedule, title="distilling"),
-        eval_first=True,
-        best=assembly.best,
-    )
+    plan = plan_to_distill(config, assembly, teach(config, [assembly], folder))
     signal = Signal(config, assembly, plan, folder)
     result = fit(
         objective,
-        adamw(groups, betas=config.optimizer.betas),
+        optimizer_of(config, objective),
         plan,
         runtime=assembly.runtime,
         folder=folder,
@@ -97,7 +96,24 @@ def run(config: DistillConfig) -> DistillResult:
     )
 
 
-def _preflight(config: DistillConfig, assembly: Assembly) -> list[str]:
+def plan_to_distill(config: DistillConfig, assembly: Assembly, taught: TeacherPass | None) -> Plan:
+    """The loop's plan.
+
+    Args:
+        taught: of `teach`.
+    """
+    return replace(
+        plan_of(config, assembly.data.train, assembly.view, assembly.schedule, title="distilling"),
+        eval_first=True,
+        best=assembly.best,
+        cache=taught.cache if taught else None,
+        complete=taught.complete if taught else None,
+    )
+
+
+def announce(
+    config: DistillConfig, assembly: Assembly, others: Sequence[Assembly] = ()
+) -> list[str]:
     """Say what will be done, and what it will cost; before the run's folder is made.
 
     Returns:
@@ -111,11 +127,40 @@ def _preflight(config: DistillConfig, assembly: Assembly) -> list[str]:
             console.print(Text(line))
 
     width = width_of(console)
-    show(describe(config, assembly, shapes(assembly), width=width))
+    table = shapes(assembly, *others)
+    show(describe(config, assembly, table, others=others, width=width))
     if config.run.preflight and not config.run.resume:
-        show(["", *preflight(config, assembly).lines(config.data.batch_size, width)])
+        cost = preflight(config, assembly, others=others)
+        show(["", *cost.lines(config.data.batch_size, width)])
     show([""])
     return lines
+
+
+def teach(
+    config: DistillConfig, assemblies: Sequence[Assembly], folder: Path
+) -> TeacherPass | None:
+    """All that the teacher has to do before the first step; what mends its cache, if it has one."""
+    assembly, taught = assemblies[0], None
+    kept, source = assembly.kept, assembly.data.train
+    if kept is not None:
+        taught = TeacherPass(
+            kept.cache,
+            assembly.objective,
+            source=source,
+            view=assembly.view,
+            batch_size=config.data.batch_size,
+            runtime=assembly.runtime,
+            quarantine=lambda: Quarantine(
+                folder / "quarantine.jsonl", images=len(source), limit=config.data.tolerated
+            ),
+            workers=config.data.workers,
+        )
+        taught.fill(kept.need.views)
+    for each in assemblies:
+        _calibrate(config, each)
+        if taught is not None:
+            each.objective.rest()
+    return taught
 
 
 def _calibrate(config: DistillConfig, assembly: Assembly) -> None:
@@ -168,24 +213,41 @@ def _finish(
     result: FitResult,
 ) -> Exported:
     """Export the student, and the best one too if one was kept; say what to do next."""
-    step = assembly.schedule.steps
-    exported = _keep(config, assembly, folder, result, step=step, last=result.last)
+    exported = keep(config, assembly, folder, result)
     say(
         f"done in {duration(result.seconds)}; the student, for plain timm (checked to "
         f"{exported.difference:.0e}):\n"
     )
     say(exported.snippet)
-    _keep_best(config, assembly, folder, result)
-    weights = config.teacher.weights
-    out = config.run.out.rstrip("/")
+    keep_best(config, assembly, folder, result)
+    say_next(config, [config.run.out.rstrip("/")])
+    return exported
+
+
+def say_next(config: DistillConfig, students: Sequence[str]) -> None:
+    """The command that tells whether it was worth it."""
+    weights, out = config.teacher.weights, config.run.out.rstrip("/")
     words = [
         *("featdistill", "compare", "--teacher", config.teacher.spec),
         *(() if weights == "hub" else ("--teacher-weights", weights)),
-        *("--student", out, "--data", config.data.path),
+        *("--student", students[0]),
+        *(word for other in students[1:] for word in ("--also", other)),
+        *("--data", config.data.path),
         *("--image-size", str(config.view.image_size), "--out", f"{out}-compared"),
     ]
     say(f"\nnext: {shlex.join(words)}")
-    return exported
+
+
+def keep(config: DistillConfig, assembly: Assembly, folder: Path, result: FitResult) -> Exported:
+    """Write the export and the record of the student as it is."""
+    step = assembly.schedule.steps
+    return _keep(config, assembly, folder, result, step=step, last=result.last)
+
+
+def _repeated(assembly: Assembly) -> str:
+    """The card's words about views that repeat."""
+    kept = assembly.kept
+    return "" if kept is None else f", {kept.need.views} fixed views of each image"
 
 
 def _keep(
@@ -219,7 +281,7 @@ def _keep(
             f"licence: {teacher.licence or 'unknown'})",
             **_continued(config, assembly),
             "data": f"{len(assembly.data.train):,} images of {Path(config.data.path).name}",
-            "views": f"{views:,} in {step:,} steps",
+            "views": f"{views:,} in {step:,} steps{_repeated(assembly)}",
             **({"chosen by": chosen} if chosen else {}),
             "target": f"{config.objective.target.value}, {config.objective.whitening.value}, "
             f"{config.objective.loss.value}",
@@ -242,12 +304,13 @@ def _keep(
             "chosen_by": chosen,
             "teacher": asdict(teacher),
             "student_init": _init_record(config, assembly),
+            **({"together_with": list(assembly.others)} if assembly.others else {}),
         },
     )
     return exported
 
 
-def _keep_best(config: DistillConfig, assembly: Assembly, folder: Path, result: FitResult) -> None:
+def keep_best(config: DistillConfig, assembly: Assembly, folder: Path, result: FitResult) -> None:
     """The best student as a small run folder, `best/`; the objective then holds that one."""
     best = read_best(folder / "checkpoints" / "best") if assembly.best else None
     if best is None:

@@ -26,11 +26,12 @@ from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.loader import default_workers, plainly, training_batches
 from featdistill.engine.batches import is_out_of_memory
-from featdistill.engine.optimizer import adamw, parameter_groups, set_rates
+from featdistill.engine.optimizer import set_rates
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.tracking import duration
-from featdistill.objectives.distillation import FeatureDistillation
-from featdistill.tasks.assembly import Assembly
+from featdistill.objectives.distillation import FeatureDistillation, taught_together
+from featdistill.report.tables import room
+from featdistill.tasks.assembly import Assembly, optimizer_of
 from featdistill.tasks.describe import wrapped
 
 _LONG = 10.0  # seconds of a step that is worth no second one: warming up is little of it
@@ -42,6 +43,7 @@ class Cost:
 
     Attributes:
         loading: seconds to load a batch in one process.
+        filling: seconds of the teacher's pass before the first step; None: it is in every step.
         teacher: seconds of the teacher's forward pass.
         student: seconds of everything else: both of the student's passes and the optimiser.
         workers: loading processes of each training process.
@@ -55,6 +57,7 @@ class Cost:
     """
 
     loading: float
+    filling: float | None
     teacher: float
     student: float
     workers: int
@@ -69,7 +72,7 @@ class Cost:
     @property
     def step(self) -> float:
         """Seconds of a step, loading left out."""
-        return self.teacher + self.student
+        return self.student if self.filling is not None else self.teacher + self.student
 
     @property
     def waiting(self) -> float:
@@ -86,32 +89,49 @@ class Cost:
 
     def lines(self, batch_size: int, width: int) -> list[str]:
         """The cost in words, on lines of so many columns."""
-        of = f" of {_size(self.device_memory)}" if self.device_memory else ""
-        free = "" if self.free is None else f", {_size(self.free)} free"
+        of = f" of {room(self.device_memory)}" if self.device_memory else ""
+        free = "" if self.free is None else f", {room(self.free)} free"
         talk = (
             f", and the exchange of gradients between {self.processes} processes"
             if self.processes > 1
             else ""
         )
+        teacher, student = _seconds(self.teacher), _seconds(self.student)
+        shares = (
+            f"teacher {teacher}, student {student}"
+            if self.filling is None
+            else f"the student alone, since the cache spares the teacher's {teacher}"
+        )
         facts = {
             "dry step": f"{_seconds(self.step)} for {batch_size:,} images "
-            f"({batch_size / self.step:,.0f} images/s): teacher {_seconds(self.teacher)}, student "
-            f"{_seconds(self.student)}; loss {self.loss:.4f}",
+            f"({batch_size / self.step:,.0f} images/s): {shares}; loss {self.loss:.4f}",
+            **(
+                {"first": f"about {duration(self.filling)} to fill the teacher cache"}
+                if self.filling
+                else {}
+            ),
             "loading": f"{_seconds(self.loading)} a batch {self._loaders()}",
-            "memory": f"{_size(self.memory)}{of} at the peak",
-            "disk": f"{_size(self.disk)} for checkpoints and export{free}",
+            "memory": f"{room(self.memory)}{of} at the peak",
+            "disk": f"{room(self.disk)} for checkpoints and export{free}",
             "whole run": f"about {duration(self.seconds)}{talk}",
         }
         return [line for name, fact in facts.items() for line in wrapped(name, fact, width)]
 
 
-def preflight(config: DistillConfig, assembly: Assembly, *, timed: int = 1) -> Cost:
+def preflight(
+    config: DistillConfig,
+    assembly: Assembly,
+    *,
+    others: Sequence[Assembly] = (),
+    timed: int = 1,
+) -> Cost:
     """Take a step that leaves no trace, and say what the run will cost.
 
     Every process takes a step of its own, without a word to the others until all are done, so
     that none waits for one that failed.
 
     Args:
+        others: students that learn with this one.
         timed: steps to time, after one that warms up; long steps are taken only once.
 
     Raises:
@@ -122,9 +142,9 @@ def preflight(config: DistillConfig, assembly: Assembly, *, timed: int = 1) -> C
     runtime, disk, free = assembly.runtime, 0, None
     found, failure = None, None
     try:
-        disk, free = _disk(config, assembly)
+        disk, free = _disk(config, assembly, others)
         with _generators_kept(runtime.device):
-            found = _measure(config, assembly, timed)
+            found = _measure(config, assembly, others, timed)
     except (FeatDistillError, RuntimeError, MemoryError) as error:
         failure = error
     if runtime.device.type == "cuda":
@@ -138,6 +158,7 @@ def preflight(config: DistillConfig, assembly: Assembly, *, timed: int = 1) -> C
     workers = config.data.workers
     cost = Cost(
         loading=loading,
+        filling=None,
         teacher=teacher,
         student=student,
         workers=default_workers(runtime.share.world) if workers is None else workers,
@@ -149,8 +170,15 @@ def preflight(config: DistillConfig, assembly: Assembly, *, timed: int = 1) -> C
         disk=disk,
         free=free,
     )
-    each = max(cost.step, cost.waiting) if cost.workers else cost.step + cost.loading
-    return replace(cost, seconds=each * assembly.schedule.steps)
+
+    def with_loading(seconds: float) -> float:
+        return max(seconds, cost.waiting) if cost.workers else seconds + cost.loading
+
+    if (kept := assembly.kept) is not None:
+        batches = kept.need.images / config.data.batch_size
+        cost = replace(cost, filling=batches * with_loading(teacher))
+    seconds = with_loading(cost.step) * assembly.schedule.steps
+    return replace(cost, seconds=seconds + (cost.filling or 0.0))
 
 
 @contextmanager
@@ -162,18 +190,20 @@ def _generators_kept(device: torch.device) -> Iterator[None]:
 
 
 def _measure(
-    config: DistillConfig, assembly: Assembly, timed: int
+    config: DistillConfig, assembly: Assembly, others: Sequence[Assembly], timed: int
 ) -> tuple[float, float, float, int, float]:
     """Seconds of loading, teacher and student, peak memory, and the loss."""
     runtime = assembly.runtime
     batches, loading = _load(config, assembly, timed + 1)
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
-    teacher = assembly.objective.teacher
-    # of the copy, everything may change: weights, batch norm, the whitening's statistics
-    objective = copy.deepcopy(assembly.objective, {id(teacher): teacher})
-    objective.to(runtime.device).to_device(runtime.device)
-    steps = _steps(config, assembly, objective, batches)
+    teacher, copies = assembly.objective.teacher, []
+    # of the copies, everything may change: weights, batch norm, the whitening's statistics
+    for each in (assembly, *others):
+        objective = copy.deepcopy(each.objective, {id(teacher): teacher})
+        objective.to(runtime.device).to_device(runtime.device)
+        copies.append(objective)
+    steps = _steps(config, assembly, copies, batches)
     best = min(steps[1:] or steps, key=lambda s: s.total)
     memory = _peak_memory(runtime.device)
     if not math.isfinite(best.loss):
@@ -214,34 +244,34 @@ class _Step:
 def _steps(
     config: DistillConfig,
     assembly: Assembly,
-    objective: FeatureDistillation,
+    objectives: Sequence[FeatureDistillation],
     batches: Sequence[Batch],
 ) -> list[_Step]:
     """Whole training steps of a process by itself, as the loop would take them."""
-    runtime = assembly.runtime
-    groups = parameter_groups(
-        [("student.model.", objective.student.model), ("projector.", objective.projector)],
-        weight_decay=config.optimizer.weight_decay,
-    )
-    optimizer = adamw(groups, betas=config.optimizer.betas)
-    set_rates(optimizer, assembly.schedule, 0)
-    parts = config.run.micro_batches
-    with runtime.autocast():
-        objective.calibrate(runtime.batch(p) for p in batches[0].split(parts))
-    objective.train()
+    runtime, parts = assembly.runtime, config.run.micro_batches
+    optimizers = [optimizer_of(config, objective) for objective in objectives]
+    for objective, optimizer in zip(objectives, optimizers, strict=True):
+        set_rates(optimizer, assembly.schedule, 0)
+        with runtime.autocast():
+            objective.calibrate(runtime.batch(p) for p in batches[0].split(parts))
+        objective.train()
     steps = []
-    with _Clock(objective.teacher, runtime) as clock:
+    with _Clock(objectives[0].teacher, runtime) as clock:
         for number, batch in enumerate(batches):
             clock.seconds, began, losses = 0.0, clock.now(), []
             for part in batch.split(parts):
                 stream = SampleStream(config.run.seed, number, part.positions)
                 ready = runtime.batch(replace(part, stream=stream))
                 with runtime.autocast():
-                    loss = objective(ready)
-                (loss.total / parts).backward()
-                losses.append(loss.total.detach())
-            optimizer.step()
-            optimizer.zero_grad()
+                    said = taught_together(objectives, ready) if len(objectives) > 1 else [None]
+                for objective, taught in zip(objectives, said, strict=True):
+                    with runtime.autocast():
+                        loss = objective(replace(ready, taught=taught))
+                    (loss.total / parts).backward()
+                    losses.append(loss.total.detach() / len(objectives))
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             steps.append(_Step(clock.now() - began, clock.seconds, float(sum(losses)) / parts))
             if steps[-1].total > _LONG:
                 break
@@ -309,12 +339,8 @@ def _device_memory(device: torch.device) -> int | None:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-def _disk(config: DistillConfig, assembly: Assembly) -> tuple[int, int | None]:
-    """Bytes that the run will write, and those that are free where it will (if it will).
-
-    Raises:
-        RunError: too few are.
-    """
+def _written(config: DistillConfig, assembly: Assembly) -> int:
+    """Bytes that a student's run will write."""
     objective, run = assembly.objective, config.run
     state = sum(t.numel() * t.element_size() for t in objective.state_dict().values())
     trained = sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
@@ -325,6 +351,18 @@ def _disk(config: DistillConfig, assembly: Assembly) -> tuple[int, int | None]:
     need = kept * (state + 2 * trained) + student
     if assembly.best is not None:
         need += 2 * state + student  # the new best beside the old, and its export
+    return need
+
+
+def _disk(
+    config: DistillConfig, assembly: Assembly, others: Sequence[Assembly]
+) -> tuple[int, int | None]:
+    """Bytes that the run will write, and those that are free where it will (if it will).
+
+    Raises:
+        RunError: too few are.
+    """
+    run, need = config.run, sum(_written(config, each) for each in (assembly, *others))
     if not run.out or not assembly.runtime.first:
         return need, None
     folder = Path(run.out).expanduser().absolute()
@@ -333,16 +371,10 @@ def _disk(config: DistillConfig, assembly: Assembly) -> tuple[int, int | None]:
     free = shutil.disk_usage(folder).free
     if need > free:
         raise RunError(
-            f"the run will write {_size(need)} to '{run.out}', where {_size(free)} are free",
+            f"the run will write {room(need)} to '{run.out}', where {room(free)} are free",
             fix="make room, give another --out, or a smaller --run.checkpoint_keep",
         )
     return need, free
-
-
-def _size(value: int) -> str:
-    if value < 2**30 / 10:
-        return f"{value / 2**20:.1f} MiB"
-    return f"{value / 2**30:.2f} GiB" if value < 10 * 2**30 else f"{value / 2**30:,.0f} GiB"
 
 
 def _seconds(value: float) -> str:

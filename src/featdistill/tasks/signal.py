@@ -29,7 +29,7 @@ class Signal:
     def __init__(self, config: DistillConfig, assembly: Assembly, plan: Plan, folder: Path) -> None:
         self.config, self.assembly, self.plan = config, assembly, plan
         self.metrics = folder / "metrics.jsonl"
-        self._alarmed = False
+        self._name = f"{assembly.name}: " if assembly.others else ""
 
     @property
     def wanted(self) -> bool:
@@ -39,7 +39,7 @@ class Signal:
     def __call__(self) -> dict[str, float]:
         with undisturbed(self.assembly.objective):
             scores = {**self._held_out(), **self._neighbours()}
-        say(_line(scores))
+        say(f"held out   {self._name}{_line(scores)}")
         self._alarm(scores)
         return scores
 
@@ -48,16 +48,17 @@ class Signal:
         if source is None:
             return {}
         runtime = assembly.runtime
-        found = fidelity(
-            assembly.objective,
-            source,
-            EvalView(assembly.view.size, _CROP),
-            batch_size=max(1, self.config.data.batch_size // runtime.share.world),
-            workers=self.config.data.workers,
-            share=runtime.share,
-            total=runtime.sum,
-            autocast=runtime.autocast,
-        )
+        with assembly.objective.awake(runtime.device):
+            found = fidelity(
+                assembly.objective,
+                source,
+                EvalView(assembly.view.size, _CROP),
+                batch_size=max(1, self.config.data.batch_size // runtime.share.world),
+                workers=self.config.data.workers,
+                share=runtime.share,
+                total=runtime.sum,
+                autocast=runtime.autocast,
+            )
         if found is None:
             say(f"none of the {len(source):,} held-out images is readable: nothing is measured")
             return {}
@@ -94,7 +95,8 @@ class Signal:
         scores["rank_alarm"] = float(trouble is not None)
         if trouble is not None and not (before and before[-1].get("rank_alarm")):
             say(
-                f"warning: the student's features collapse: their effective rank is {trouble}; "
+                f"warning: {self._name}the student's features collapse: their effective rank is "
+                f"{trouble}; "
                 "try a smaller --lr, or look at --whitening"
             )
 
@@ -125,4 +127,4 @@ def _line(scores: dict[str, float]) -> str:
         words.append(f"kNN {scores['knn_top1']:.2%}")
     if "holdout_unreadable" in scores:
         words.append(f"{scores['holdout_unreadable']:.0f} unreadable")
-    return f"held out   {'  '.join(words) or 'nothing'}"
+    return "  ".join(words) or "nothing"

@@ -30,6 +30,10 @@ TEACHER = {
     "teacher-layer": "teacher.layer",
     "teacher-image-size": "teacher.image_size",
 }
+TEACHER_CACHE = {
+    "teacher-cache": "teacher_cache.folder",
+    "teacher-cache-views": "teacher_cache.views",
+}
 STUDENT = {
     "student": "student.name",
     "student-patch": "student.patch",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from featdistill.config.commands.base import (
     DATA,
@@ -11,6 +11,7 @@ from featdistill.config.commands.base import (
     SIGNAL,
     STUDENT,
     TEACHER,
+    TEACHER_CACHE,
     TRAIN,
     Command,
 )
@@ -22,6 +23,7 @@ from featdistill.config.sections import (
     ScheduleConfig,
     SignalConfig,
     StudentConfig,
+    TeacherCacheConfig,
     TeacherConfig,
     ViewConfig,
 )
@@ -48,7 +50,16 @@ class DistillConfig(Command):
         "featdistill distill --teacher timm/vit_base_patch16_224.dino --student vit-b "
         "--data IMAGES --epochs 300 --out runs/distilled"
     )
-    flat = {**TEACHER, **STUDENT, **DATA, **RUN, **TRAIN, **OBJECTIVE, **SIGNAL}
+    flat = {
+        **TEACHER,
+        **STUDENT,
+        **DATA,
+        **RUN,
+        **TRAIN,
+        **OBJECTIVE,
+        **SIGNAL,
+        **TEACHER_CACHE,
+    }
 
     teacher: TeacherConfig
     student: StudentConfig = StudentConfig()
@@ -58,7 +69,17 @@ class DistillConfig(Command):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig(epochs=300)
     signal: SignalConfig = SignalConfig()
+    teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
     run: DistillRunConfig
+
+    @model_validator(mode="after")
+    def _still_teacher(self) -> DistillConfig:
+        if self.teacher_cache.folder and self.teacher.drop_path:
+            raise ValueError(
+                f"--teacher-cache keeps one answer to each view, and a teacher with a drop path of "
+                f"{self.teacher.drop_path:g} has many; leave out --teacher.drop_path, or the cache"
+            )
+        return self
 
 
 class CheckRunConfig(DistillRunConfig):
