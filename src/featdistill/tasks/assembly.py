@@ -155,19 +155,20 @@ def _suit(
     teacher = objectives[0].teacher
     runtime.suit(teacher)
     lay_out_convolutions(teacher.model)
+    precision = _teacher_precision(config, runtime, teacher)
     for objective in objectives:
-        objective.teacher_precision = _teacher_precision(config, runtime, teacher)
+        objective.teacher_precision = precision
 
 
 def _teacher_precision(
     config: DistillConfig, runtime: Runtime, teacher: Backbone
 ) -> Literal["float32", "bf16"] | None:
-    """Of the teacher's pass, once the run's precision is settled; None: the run's."""
+    """Of the teacher's pass; None: the run's."""
     match config.teacher.precision:
-        case Precision.FLOAT32:
-            return "float32"
         case Precision.BF16:
             return "bf16"
+        case Precision.FLOAT32:
+            return "float32"
         case Precision.AUTO:
             return "bf16" if runtime.pays(teacher) else None
 
