@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _LOOK = 0.25  # seconds between two looks for a note
 _GRACE = 2.0  # seconds in which a process may end by itself once there is one
-_STAY = 2 * _GRACE  # seconds that the first waits for the others: one that was killed never says
+_STAY = 15.0  # seconds that the first waits for the others, of which one may have been killed
 _LINGER = 10.0  # seconds that a process waits for the one that started it to go
 _NOTE, _GONE, _PROCESS = "note", "gone", "process"
 
@@ -58,6 +58,7 @@ class Peers:
     def __init__(self, store: Store, *, rank: int, world: int, first: bool) -> None:
         self._store, self._rank, self._world, self._first = store, rank, world, first
         self._gone = threading.Event()
+        self._seen: _Note | None = None
         self._starter: int | None = None  # of the others, once this process ends with an error
         store.set(f"{_PROCESS}/{socket.gethostname()}/{os.getpid()}", "")
         atexit.register(self.linger)  # after the line is said
@@ -78,7 +79,7 @@ class Peers:
                 note = self._agree(_Note(self._rank, str(lost), lost.exit_code))
                 error = lost
         except RuntimeError:  # the first process is gone, and the store with it
-            note = None
+            note = self._seen
         if note is None:
             return _lost() if _is_loss(error) else error
         self._leave(badly=True)
@@ -141,10 +142,10 @@ class Peers:
             while not self._gone.wait(_LOOK):
                 if not self._store.check([_NOTE]):
                     continue
+                self._seen = note = self._note()
+                assert note is not None
                 if self._gone.wait(_GRACE):
                     return
-                note = self._note()
-                assert note is not None
                 self._leave(badly=True)
                 self.linger()
                 sys.stdout.flush()
