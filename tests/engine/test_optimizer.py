@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from featdistill.engine.optimizer import (
+    Lars,
     adamw,
     decays,
     layer_groups,
     parameter_groups,
     set_rates,
+    sgd,
 )
 from featdistill.engine.schedule import Schedule
 from featdistill.models.students import build_student
@@ -197,3 +199,37 @@ def test_a_generic_head_keeps_the_bodys_groups() -> None:
     assert groups.layer_of("body.patch_embed.proj.weight") == 0
     assert groups.layer_of("body.blocks.3.attn.qkv.weight") == 4
     assert groups.layer_of("out.weight") == groups.last == 13
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda groups: adamw(groups, betas=(0.9, 0.99)),
+        lambda groups: sgd(groups, momentum=0.9),
+        lambda groups: Lars(groups, momentum=0.9),
+    ],
+    ids=["adamw", "sgd", "lars"],
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_is_none_is_as_if_it_had_not_been(
+    made: Callable[[list[dict[str, object]]], torch.optim.Optimizer], at: int
+) -> None:
+    """The first one too, before which torch's SGD has no momentum to leave alone."""
+    ends = []
+    for bad in ({at}, set[int]()):
+        torch.manual_seed(0)
+        module = nn.Linear(64, 64)
+        optimizer = made(parameter_groups([("", module)], weight_decay=0.1))
+        waste = [torch.full((64, 64), 7.0) for _ in range(50)]  # what memory may hold afterwards
+        del waste
+        for step in range(4 + len(bad)):
+            wrong = step in bad
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1
+            for parameter in module.parameters():
+                parameter.grad = torch.full_like(parameter, float("nan") if wrong else 0.5)
+            optimizer.found_inf = torch.tensor(float(wrong))  # type: ignore[attr-defined]
+            optimizer.step()
+        ends.append([p.detach().clone() for p in module.parameters()])
+    for one, other in zip(*ends, strict=True):
+        assert torch.equal(one, other)

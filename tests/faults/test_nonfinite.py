@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from featdistill.core.errors import NonFiniteError
+from featdistill.core.errors import NonFiniteError, RunError
+from featdistill.core.types import Batch
 from featdistill.engine import step as steps
+from featdistill.engine.finite import FiniteWatch
 from featdistill.engine.rundir import read_metrics
 from featdistill.engine.undo import Undo
+from tests.faults import victim
 from tests.faults.calm import BAD, STEPS, failing, run
 from tests.faults.harness import newest
 from tests.faults.team import order, said, together
@@ -145,6 +149,57 @@ def test_a_step_that_a_resume_takes_again_counts_once(tmp_path: Path) -> None:
     assert [row["step"] for row in listed(tmp_path)] == [3]
     assert run(tmp_path, resume=True, fault=bad("loss", at=(2,)), **options).finished
     assert [row["step"] for row in listed(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("content", [b"{}\n", b"[1]\n", b"no json\n", b"\0\n"])
+def test_a_damaged_list_is_named(content: bytes, tmp_path: Path) -> None:
+    run(tmp_path, stop_at=2)
+    (tmp_path / "nonfinite.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=r"nonfinite.jsonl' is damaged; delete it"):
+        run(tmp_path, resume=True)
+
+
+def test_a_line_that_a_kill_cut_off(tmp_path: Path) -> None:
+    run(tmp_path, stop_at=AT + 1, nonfinite="skip", fault=bad("loss"))
+    with open(tmp_path / "nonfinite.jsonl", "ab") as out:
+        out.write(b'{"step": 5, "ra')
+    assert run(tmp_path, resume=True).finished
+    assert [row["step"] for row in listed(tmp_path)] == [AT + 1]
+
+
+class Late:
+    """A CUDA event of values that are still on their way."""
+
+    def __init__(self) -> None:
+        self.there, self.waited = False, 0
+
+    def query(self) -> bool:
+        return self.there
+
+    def synchronize(self) -> None:
+        self.waited += 1
+
+
+def test_values_that_are_still_on_their_way() -> None:
+    """They are not waited for but in `take`, and known in the order of their steps."""
+    watch = FiniteWatch(victim.source(), 0)
+    part = Batch((), None, torch.tensor([1, 2]), torch.arange(2))
+    late = [Late(), Late()]
+    for step, event in enumerate(late, 1):
+        watch.look(step, [part], [{"loss": torch.tensor(float("nan"))}], torch.tensor(1.0))
+        watch._pending[-1] = replace(watch._pending[-1], arrived=event)
+    late[1].there = True
+    assert not watch.any
+    late[0].there = True
+    assert watch.any
+    assert [row.step for row in watch.take()] == [1, 2]
+    assert [event.waited for event in late] == [0, 0]
+    watch.look(3, [part], [{"loss": torch.tensor(1.0)}], torch.tensor(float("inf")))
+    watch._pending[-1] = replace(watch._pending[-1], arrived=late[0])
+    late[0].there = False
+    assert not watch.any
+    [row] = watch.take()
+    assert (row.step, row.what, row.indices, late[0].waited) == (3, ("gradient",), (1, 2), 1)
 
 
 @pytest.mark.parametrize("what", KINDS)

@@ -160,6 +160,9 @@ class NonFiniteSteps:
             ) from None
         kept = [(n, line) for n, line in zip(steps, lines, strict=True) if n <= resume_at]
         self._steps = {n for n, _ in kept}
+        if not kept:
+            file.unlink()
+            return
         begun = file.with_name(f".{file.name}.tmp")  # a kill meanwhile loses no line
         self._write(begun, b"".join(line for _, line in kept), "wb")
         os.replace(begun, file)

@@ -154,9 +154,20 @@ def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -
         group["lr"] = schedule.rate(step, scale=group["lr_scale"])
 
 
+class _Sgd(torch.optim.SGD):
+    """torch's, whose momentum would begin with whatever was in memory if the first step is none."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return super().step(closure)
+
+
 def sgd(groups: list[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
     """Fused SGD with momentum; its rates are set by the loop at every step."""
-    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=True)
+    return _Sgd(groups, lr=0.0, momentum=momentum, fused=True)
 
 
 class Lars(torch.optim.Optimizer):

@@ -34,19 +34,25 @@ class Undo:
         self._generators, self._cuda = generators, cuda
         self._states: tuple[Any, ...] = ()
 
+    @torch.no_grad()
     def begin(self) -> None:
         """Before a step's passes."""
-        for buffer in self._buffers:
-            buffer.keep()
+        changed = [b for b in self._buffers if b.changed]
+        for buffer in changed:
+            buffer.follow()
+        if changed:  # in one go: a batch norm has three of them, a ResNet-50 has 53
+            torch._foreach_copy_([b.kept for b in changed], [b.live for b in changed])
         if self._generators:
             self._states = random.getstate(), np.random.get_state(), torch.get_rng_state()
             if self._cuda:
                 self._states += (torch.cuda.get_rng_state(),)
 
+    @torch.no_grad()
     def rewind(self) -> None:
         """As if the passes since `begin` had not been."""
         for buffer in self._buffers:
-            buffer.put_back()
+            if buffer.restorable:
+                buffer.live.copy_(buffer.kept)
         assert self._states
         random.setstate(self._states[0])
         np.random.set_state(self._states[1])
@@ -54,40 +60,46 @@ class Undo:
         if self._cuda:
             torch.cuda.set_rng_state(self._states[3])
 
+    @torch.no_grad()
     def unless_good(self, bad: Tensor) -> None:
         """Put the buffers back if `bad`, on the device, is 1; the device is not asked."""
+        gone = bad > 0
         for buffer in self._buffers:
-            buffer.put_back(bad)
+            if buffer.restorable:
+                live = buffer.live
+                torch.where(gone, buffer.kept, live, out=live)
 
 
 class _Buffer:
     """One buffer, which its module may replace by another tensor."""
 
     def __init__(self, owner: nn.Module, name: str, *, always: bool) -> None:
-        self.owner, self.name, self.always = owner, name, always
-        self.kept = self.live.clone()
-        self._known = (id(self.live), self.live._version)
+        self._owner, self._name, self._always = owner, name, always
+        self._last = self.live
+        self.kept = self._last.clone()
+        self._version = self._last._version
 
     @property
     def live(self) -> Tensor:
-        value = self.owner._buffers[self.name]
+        value = self._owner._buffers[self._name]
         assert value is not None
         return value
 
     @property
-    def _changed(self) -> bool:
-        return self.always or self._known != (id(self.live), self.live._version)
+    def changed(self) -> bool:
+        """Whether it may hold something else than what is kept."""
+        live = self._owner._buffers[self._name]
+        assert live is not None
+        return self._always or live is not self._last or live._version != self._version
 
-    @torch.no_grad()
-    def keep(self) -> None:
-        if self._changed:
-            live = self.live
-            self.kept = live.clone() if live.shape != self.kept.shape else self.kept.copy_(live)
-            self._known = (id(live), live._version)
+    @property
+    def restorable(self) -> bool:
+        """Whether there is something to put back; of another shape, it is no statistic."""
+        return self.changed and self.live.shape == self.kept.shape
 
-    @torch.no_grad()
-    def put_back(self, bad: Tensor | None = None) -> None:
-        live = self.live
-        if not self._changed or live.shape != self.kept.shape:
-            return  # of another shape: a table for another image size, and no statistic
-        live.copy_(self.kept if bad is None else torch.where(bad > 0, self.kept, live))
+    def follow(self) -> None:
+        """What is there from now on is what will be kept."""
+        self._last = live = self.live
+        self._version = live._version
+        if live.shape != self.kept.shape:
+            self.kept = torch.empty_like(live)
