@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
+from featdistill.cli.main import main
 from featdistill.core.errors import NonFiniteError, RunError
 from featdistill.core.types import Batch
 from featdistill.engine import step as steps
@@ -20,9 +23,11 @@ from tests.faults import victim
 from tests.faults.calm import BAD, STEPS, failing, run
 from tests.faults.harness import newest
 from tests.faults.team import order, said, together
+from tests.faults.test_world_size import WORDS
 
 AT = 3  # the step, from 0, that goes wrong
 KINDS = sorted(BAD)
+FULL = pytest.mark.faults
 
 
 def bad(what: str, *, at: tuple[int, ...] = (AT,), rank: int = 0) -> tuple[str, dict[str, Any]]:
@@ -202,7 +207,7 @@ def test_values_that_are_still_on_their_way() -> None:
     assert (row.step, row.what, row.indices, late[0].waited) == (3, ("gradient",), (1, 2), 1)
 
 
-@pytest.mark.parametrize("what", KINDS)
+@pytest.mark.parametrize("what", [pytest.param(k, marks=FULL) for k in KINDS[:-1]] + KINDS[-1:])
 def test_one_process_of_two(what: str, tmp_path: Path) -> None:
     """Both skip the same step, and end with the same weights as one process that skipped it."""
     fault = bad(what, rank=1)
@@ -221,6 +226,29 @@ def test_one_process_of_two(what: str, tmp_path: Path) -> None:
             if name != "seen":
                 assert torch.allclose(two[kind][name], value, rtol=1e-4, atol=1e-6), name
     assert "skipped (1 of at most 10" in said(tmp_path / "two")
+
+
+def test_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A teacher whose features are infinite, past the dry step that would say so before the run."""
+    made = timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict()
+    made["norm.weight"][:] = 3e38  # finite, or loading them would say so
+    save_file(made, tmp_path / "broken.safetensors")
+    place = WORDS.index("--teacher-weights") + 1
+    words = [*WORDS[:place], str(tmp_path / "broken.safetensors"), *WORDS[place + 1 :]]
+    skip = ["--run.nonfinite", "skip", "--run.nonfinite_limit", "2"]
+    for name, more, says in (
+        ("stop", [], "error: step 1 was not finite (teacher, loss); the weights never saw it"),
+        ("skip", skip, "error: step 3 was not finite (teacher, loss), and 3 steps were so; the"),
+    ):
+        assert main([*words, *more, "--out", str(tmp_path / name)]) == 3
+        err = capsys.readouterr().err
+        assert err.splitlines()[-1].startswith(says), err
+        assert "Traceback" not in err
+        assert not (tmp_path / name / "checkpoints").exists()
+    assert [row["step"] for row in listed(tmp_path / "skip")] == [1, 2, 3]
+    assert main([*WORDS, "--run.nonfinite", "never", "--out", str(tmp_path / "no")]) == 2
+    assert "--run.nonfinite" in (err := capsys.readouterr().err)
+    assert "'stop' or 'skip'" in err
 
 
 def test_one_process_of_two_stops_both_after_the_same_step(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from tests.faults.calm import IMAGES
 from tests.faults.harness import newest
 from tests.faults.team import order, said, together
 
+FULL = pytest.mark.faults
 SOON = 60  # seconds; the communication library would wait for half an hour
 
 
@@ -30,7 +31,7 @@ def fails(folder: Path, kind: str, who: int, world: int = 2, **options: Any) -> 
     return statuses
 
 
-@pytest.mark.parametrize(("who", "world"), [(0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("who", "world"), [(0, 2), (1, 2), pytest.param(2, 3, marks=FULL)])
 def test_a_mistake_of_one_is_said_once_and_ends_all(who: int, world: int, tmp_path: Path) -> None:
     assert fails(tmp_path, "data", who, world, batch_size=6) == [2] * world
     lines = said(tmp_path).splitlines()
@@ -40,14 +41,14 @@ def test_a_mistake_of_one_is_said_once_and_ends_all(who: int, world: int, tmp_pa
     assert newest(tmp_path).step == 2
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=FULL), 1])
 def test_a_defect_shows_its_traceback_where_it_is(who: int, tmp_path: Path) -> None:
     assert fails(tmp_path, "defect", who) == [1, 1]
     assert said(tmp_path).count("Traceback: ZeroDivisionError('a defect')") == 1
     assert "error: " not in said(tmp_path)
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=FULL), 1])
 def test_a_process_that_is_killed(who: int, tmp_path: Path) -> None:
     statuses = fails(tmp_path, "killed", who)
     assert statuses[who] == -signal.SIGKILL
@@ -139,7 +140,7 @@ with patch.object(Samples, "__getitem__", read):
 """
 
 
-@pytest.mark.faults
+@FULL
 @pytest.mark.parametrize("who", [0, 1])
 @pytest.mark.parametrize("preflight", ["true", "false"])
 def test_at_the_command_line(who: int, preflight: str, tmp_path: Path) -> None:
