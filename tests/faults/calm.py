@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import get_worker_info
 
 from featdistill.core.errors import DataError, FeatDistillError
 from featdistill.core.seeds import seeded_globals
@@ -128,11 +129,14 @@ FAULTS: dict[str, Callable[..., Callable[..., Tensor]]] = {
 
 
 class Spoilt(ArraySource):
-    """Some images cannot be read."""
+    """Some images cannot be read, and to read some never ends in a loading process."""
 
     spoilt: frozenset[int] = frozenset()
+    endless: frozenset[int] = frozenset()
 
     def read(self, index: int) -> Tensor:
+        if index in type(self).endless and get_worker_info() is not None:
+            signal.pause()
         if index in type(self).spoilt:
             raise BadImage("cut off")
         return super().read(index)
@@ -145,6 +149,7 @@ def run(
     devices: int = 1,
     fault: tuple[str, dict[str, Any]] | None = None,
     spoilt: tuple[int, ...] = (),
+    endless: tuple[int, ...] = (),
     **options: Any,
 ) -> FitResult:
     """One session of one process."""
@@ -153,7 +158,7 @@ def run(
     with seeded_globals("calm"):
         objective = Calm(folder, fine if fault is None else FAULTS[fault[0]](**fault[1]))
     images = victim.source(IMAGES)
-    Spoilt.spoilt = frozenset(spoilt)
+    Spoilt.spoilt, Spoilt.endless = frozenset(spoilt), frozenset(endless)
     plan = Plan(
         **{
             "source": Spoilt("made", images.images),

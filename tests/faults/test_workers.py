@@ -121,9 +121,29 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_no_orphan_is_left_when_the_parent_is_killed() -> None:
+# the same within the training loop, whose loading processes are shielded from signals too
+TRAINING = """
+import sys
+from pathlib import Path
+from tests.faults import calm
+from featdistill.engine import loop
+plainly = loop.plainly
+def shown(loader):
+    began = loader._get_iterator()
+    print(*(w.pid for w in began._workers), flush=True)
+    loader._get_iterator = lambda: began
+    return plainly(loader)
+loop.plainly = shown
+calm.run(Path(sys.argv[1]), workers=2, endless=range(40))
+"""
+
+
+@pytest.mark.parametrize("program", [PARENT, TRAINING], ids=["scoring", "training"])
+def test_no_orphan_is_left_when_the_parent_is_killed(program: str, tmp_path: Path) -> None:
     """Even of a process that hangs, and so never looks whether its parent is there."""
-    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert parent.stdout is not None
         pids = [int(word) for word in parent.stdout.readline().split()]

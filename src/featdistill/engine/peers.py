@@ -168,8 +168,10 @@ def _line(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> int:
-    """What a process exits with."""
-    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+    """What a process exits with, as the command line has it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, OSError) else getattr(error, "exit_code", 1)
 
 
 def _is_loss(error: BaseException) -> bool:
