@@ -1,18 +1,27 @@
-"""Encoded bytes to pixels."""
+"""Encoded bytes to pixels.
+
+A plain JPEG picture is decoded by `jpeg`, and where it has to be cropped, no further down than the
+crop reaches; every other file by Pillow, which also has the last word on what is damaged.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from featdistill.data.jpeg import SHRINKS, Frame, decode_rows, frame_of
 
 # Pillow knows forty formats more, and some of them start programs (EPS: Ghostscript) or are read by
 # old code; what a file is, its first bytes say, whatever its name.
@@ -72,25 +81,169 @@ def check_pixels(image: Image.Image) -> None:
         )
 
 
-def decode(data: bytes) -> Tensor:
-    """Decode an image file's bytes to RGB, upright.
+@dataclass(frozen=True)
+class Box:
+    """A crop, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        """The first row below."""
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        """The first column to the right."""
+        return self.left + self.width
+
+    def of(self, image: Tensor) -> Tensor:
+        """The crop's pixels, a view of (3, height, width)."""
+        return image[:, self.top : self.bottom, self.left : self.right]
+
+    def shrunk(self, by: int) -> Box:
+        """The crop in a picture that is so many times smaller, to the nearest pixel."""
+        top, left = round(self.top / by), round(self.left / by)
+        bottom, right = round(self.bottom / by), round(self.right / by)
+        return Box(top, left, max(1, bottom - top), max(1, right - left))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How an upright picture is made of a stored one: mirror the rows, the columns, then swap."""
+
+    rows: bool = False
+    columns: bool = False
+    swap: bool = False
+
+    def upright(self, stored: Tensor) -> Tensor:
+        """(3, height, width) as it is to be seen."""
+        mirrored = [axis for axis, on in ((1, self.rows), (2, self.columns)) if on]
+        image = stored.flip(mirrored) if mirrored else stored
+        return image.transpose(1, 2) if self.swap else image
+
+    def stored(self, box: Box, height: int, width: int) -> Box:
+        """Where an upright picture's box lies in the stored one of this size."""
+        top, left, tall, wide = box.top, box.left, box.height, box.width
+        if self.swap:
+            top, left, tall, wide = left, top, wide, tall
+        top = height - top - tall if self.rows else top
+        left = width - left - wide if self.columns else left
+        return Box(top, left, tall, wide)
+
+
+# EXIF 2.32, tag 0x0112
+_TURNS = {
+    2: Turn(columns=True),
+    3: Turn(rows=True, columns=True),
+    4: Turn(rows=True),
+    5: Turn(swap=True),
+    6: Turn(rows=True, swap=True),
+    7: Turn(rows=True, columns=True, swap=True),
+    8: Turn(columns=True, swap=True),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plain JPEG picture that is decoded when it is known what of it is wanted.
+
+    Attributes:
+        scaled: a crop that is made smaller anyway may be decoded at a half, a quarter or an eighth
+            of the size, where that still has the pixels of the result; the crop then moves by up to
+            half a pixel of what was decoded.
+    """
+
+    data: bytes
+    frame: Frame
+    turn: Turn = Turn()
+    scaled: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(3, height, width), upright, as that of an image."""
+        size = self.frame.height, self.frame.width
+        return (3, *(size[::-1] if self.turn.swap else size))
+
+    def cut(self, box: Box, size: int) -> Tensor:
+        """A crop's pixels.
+
+        Args:
+            size: side in pixels to which it will be brought.
+
+        Returns:
+            (3, height, width) uint8 of the box's size, or where `scaled` perhaps of a half of it,
+            a quarter, an eighth.
+
+        Raises:
+            BadImage: the file is damaged.
+        """
+        shrink = self._shrink(box, size)
+        stored = self.turn.stored(box, self.frame.height, self.frame.width)
+        pixels = decode_rows(self.data, self.frame, bottom=stored.bottom, shrink=shrink)
+        if pixels is None:
+            return box.of(_decode_with_pillow(self.data))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        return self.turn.upright(stored.shrunk(shrink).of(image))
+
+    def _shrink(self, box: Box, size: int) -> int:
+        if not self.scaled:
+            return 1
+        return next((s for s in SHRINKS if min(box.height, box.width) >= size * s), 1)
+
+    def pixels(self) -> Tensor:
+        """All of it, exactly: (3, height, width) uint8. Raises BadImage."""
+        pixels = decode_rows(self.data, self.frame, bottom=self.frame.height)
+        if pixels is None:
+            return _decode_with_pillow(self.data)
+        return self.turn.upright(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def open_picture(data: bytes) -> Tensor | Picture:
+    """An image file's picture, in RGB and upright: not yet decoded where it is a plain JPEG.
 
     Grey, palette and CMYK images become RGB; transparency is dropped; EXIF rotation is applied.
 
     Returns:
-        (3, height, width) uint8.
+        (3, height, width) uint8, or a Picture of that shape.
 
     Raises:
         BadImage: not an image, damaged, or with more than three colour channels.
     """
     if not data:
         raise BadImage("empty file")
-    try:
-        with open_image(io.BytesIO(data)) as image:
+    with _pillows_words(), open_image(io.BytesIO(data)) as image:
+        frame = None
+        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+            frame = frame_of(data, image.height, image.width)
+        if frame is None:
             return from_pil(ImageOps.exif_transpose(image))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return Picture(data, frame, _TURNS.get(orientation, Turn()))
+
+
+def decode(data: bytes) -> Tensor:
+    """An image file's pixels, (3, height, width) uint8; see `open_picture`."""
+    found = open_picture(data)
+    return found.pixels() if isinstance(found, Picture) else found
+
+
+def _decode_with_pillow(data: bytes) -> Tensor:
+    with _pillows_words(), open_image(io.BytesIO(data)) as image:
+        return from_pil(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def _pillows_words() -> Iterator[None]:
+    """Whatever Pillow raises is a BadImage: its plugins let their parsers' errors through."""
+    try:
+        yield
     except BadImage:
         raise
-    except Exception as error:  # Pillow's plugins let their parsers' errors of any kind through
+    except Exception as error:
         raise BadImage(str(error).split(" <")[0] or type(error).__name__) from None
 
 
@@ -101,4 +254,4 @@ def from_pil(image: Image.Image) -> Tensor:
         image = Image.fromarray(pixels)
     elif image.mode not in _PLAIN_MODES:
         raise BadImage(f"colour mode {image.mode} is not supported, expected grey or RGB")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

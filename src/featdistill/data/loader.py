@@ -107,7 +107,7 @@ def _look(
         image, mask = view(*source.read_pair(index), address)
         return (image,), mask
     assert not isinstance(view, JointView)
-    return view(source.read(index), address), None
+    return view(source.look(index), address), None
 
 
 class Samples(Dataset[_Sample]):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from featdistill.core.errors import DataError
-from featdistill.data.decode import BadImage, open_image, read_file
+from featdistill.data.decode import BadImage, Picture, open_image, read_file
 from featdistill.data.parts import some
 from featdistill.data.sources import ArrowSource, Source
 
@@ -179,6 +179,10 @@ class PairSource:
 
     def read(self, index: int) -> Tensor:
         return self.images.read(self.place(index))
+
+    def look(self, index: int) -> Tensor | Picture:
+        """The image for a view."""
+        return self.images.look(self.place(index))
 
     def identify(self, index: int) -> str:
         return self.images.identify(self.place(index))

@@ -6,7 +6,7 @@ A source is a sequence of images with, if there are any, labels; it does no rand
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator
-from featdistill.data.decode import BadImage, decode, from_pil, read_file
+from featdistill.data.decode import BadImage, Picture, decode, from_pil, open_picture, read_file
 
 
 class Source(Protocol):
@@ -42,6 +42,9 @@ class Source(Protocol):
     def read(self, index: int) -> Tensor:
         """Image `index`, (3, height, width) uint8. Raises BadImage."""
 
+    def look(self, index: int) -> Tensor | Picture:
+        """The same for a view, that knows what of it is wanted. Raises BadImage."""
+
     def identify(self, index: int) -> str:
         """The image's file name, or what comes nearest."""
 
@@ -64,7 +67,14 @@ class FileSource:
         return len(self.files)
 
     def read(self, index: int) -> Tensor:
-        return decode(read_file(self.root / self.files[index]))
+        return decode(self.data(index))
+
+    def look(self, index: int) -> Tensor | Picture:
+        return open_picture(self.data(index))
+
+    def data(self, index: int) -> bytes:
+        """The encoded image. Raises BadImage."""
+        return read_file(self.root / self.files[index])
 
     def identify(self, index: int) -> str:
         return self.files[index]
@@ -84,6 +94,9 @@ class ArraySource:
 
     def read(self, index: int) -> Tensor:
         return self.images[index]
+
+    def look(self, index: int) -> Tensor:
+        return self.read(index)
 
     def identify(self, index: int) -> str:
         return f"{self.name}[{index}]"
@@ -119,6 +132,9 @@ class ArrowSource:
     def read(self, index: int) -> Tensor:
         return decode(self.data(index))
 
+    def look(self, index: int) -> Tensor | Picture:
+        return open_picture(self.data(index))
+
     def data(self, index: int) -> bytes:
         """The encoded image. Raises BadImage."""
         cell = self._cell(index)
@@ -150,6 +166,9 @@ class TorchvisionSource:
     def read(self, index: int) -> Tensor:
         return from_pil(self.dataset[index][0])
 
+    def look(self, index: int) -> Tensor:
+        return self.read(index)
+
     def identify(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
@@ -179,6 +198,9 @@ class Subset:
     def read(self, index: int) -> Tensor:
         return self.source.read(int(self.chosen[index]))
 
+    def look(self, index: int) -> Tensor | Picture:
+        return self.source.look(int(self.chosen[index]))
+
     def identify(self, index: int) -> str:
         return self.source.identify(int(self.chosen[index]))
 
@@ -200,6 +222,41 @@ class Relabelled:
 
     def read(self, index: int) -> Tensor:
         return self.source.read(index)
+
+    def look(self, index: int) -> Tensor | Picture:
+        return self.source.look(index)
+
+    def identify(self, index: int) -> str:
+        return self.source.identify(index)
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A source whose pictures are decoded no larger than a view needs them (`Picture.scaled`)."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return self.source.labels
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(index)
+
+    def look(self, index: int) -> Tensor | Picture:
+        found = self.source.look(index)
+        return replace(found, scaled=True) if isinstance(found, Picture) else found
 
     def identify(self, index: int) -> str:
         return self.source.identify(index)

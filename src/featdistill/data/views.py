@@ -1,7 +1,7 @@
 """How an image becomes what the models see. A view is a pure function of image and address.
 
-An address is (seed, epoch, index). Images are (3, height, width) uint8 throughout; views are
-square, (3, size, size) uint8.
+An address is (seed, epoch, index). Images are (3, height, width) uint8, or Pictures of that shape;
+views are square, (3, size, size) uint8.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as F
 
 from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator, seeded_globals
-from featdistill.data.decode import from_pil
+from featdistill.data.decode import Box, Picture, from_pil
 
 Address = tuple[int, int, int]
 
@@ -26,17 +26,7 @@ Address = tuple[int, int, int]
 class View(Protocol):
     """One or several views of an image."""
 
-    def __call__(self, image: Tensor, address: Address, /) -> tuple[Tensor, ...]: ...
-
-
-@dataclass(frozen=True)
-class Box:
-    """A crop, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
+    def __call__(self, image: Tensor | Picture, address: Address, /) -> tuple[Tensor, ...]: ...
 
 
 def random_box(
@@ -66,12 +56,14 @@ def random_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def crop(image: Tensor, box: Box, size: int, *, bicubic: bool = False) -> Tensor:
+def crop(image: Tensor | Picture, box: Box, size: int, *, bicubic: bool = False) -> Tensor:
     """Cut `box` out and bring it to (3, size, size), antialiased."""
     mode = InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR
-    return F.resized_crop(
-        image, box.top, box.left, box.height, box.width, [size, size], mode, antialias=True
-    )
+    cut = image.cut(box, size) if isinstance(image, Picture) else box.of(image)
+    # a pixel's colours side by side, as they were decoded: so torchvision resizes fastest, but rows
+    # with gaps between them it would tear apart into planes first
+    cut = cut.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return F.resize(cut, [size, size], mode, antialias=True).contiguous()
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class CropView:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
-    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+    def __call__(self, image: Tensor | Picture, address: Address) -> tuple[Tensor, ...]:
         rng = generator("crop", *address)
         box = random_box(rng, image.shape[1], image.shape[2], self.scale, self.ratio)
         view = crop(image, box, self.size)
@@ -99,7 +91,9 @@ class EvalView:
     size: int
     share: float = 0.875
 
-    def __call__(self, image: Tensor, _address: Address | None = None) -> tuple[Tensor, ...]:
+    def __call__(
+        self, image: Tensor | Picture, _address: Address | None = None
+    ) -> tuple[Tensor, ...]:
         side = min(image.shape[1], image.shape[2]) * self.share
         cut = max(1, round(side))
         box = Box((image.shape[1] - cut) // 2, (image.shape[2] - cut) // 2, cut, cut)
@@ -127,7 +121,7 @@ class FinetuneView:
         self.size, self.scale, self.ratio, self.flip = size, scale, ratio, flip
         self.augment = None if randaugment is None else _randaugment(randaugment, size, mean)
 
-    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+    def __call__(self, image: Tensor | Picture, address: Address) -> tuple[Tensor, ...]:
         rng = generator("finetune", *address)
         box = random_box(rng, image.shape[1], image.shape[2], self.scale, self.ratio)
         view = crop(image, box, self.size, bicubic=True)
@@ -185,10 +179,10 @@ class ContrastiveView:
     gray: float = 0.2
     blur: float = 0.0
 
-    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+    def __call__(self, image: Tensor | Picture, address: Address) -> tuple[Tensor, ...]:
         return tuple(self._one(image, generator("contrastive", side, *address)) for side in (0, 1))
 
-    def _one(self, image: Tensor, rng: np.random.Generator) -> Tensor:
+    def _one(self, image: Tensor | Picture, rng: np.random.Generator) -> Tensor:
         box = random_box(rng, image.shape[1], image.shape[2], self.scale, self.ratio)
         view = crop(image, box, self.size)
         if self.flip and rng.random() < 0.5:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featdistill.core.errors import DataError
 from featdistill.core.types import Batch, Features
+from featdistill.data.decode import Picture
 from featdistill.data.sources import Source
 from featdistill.data.views import Address, View
 from featdistill.evaluation.extraction import Extracted, Plan, extract_to_files, shard_size
@@ -39,7 +40,7 @@ class NumberedView:
     seed: int
     number: int
 
-    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+    def __call__(self, image: Tensor | Picture, address: Address) -> tuple[Tensor, ...]:
         return self.view(image, (self.seed, self.number, address[2]))
 
 
