@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
@@ -33,7 +34,17 @@ def key(*parts: int | str) -> int:
 
 def generator(*parts: int | str) -> np.random.Generator:
     """A NumPy generator of its own for these keys (Philox, counter-based)."""
-    return np.random.Generator(np.random.Philox(key=key(*parts)))
+    return np.random.Generator(np.random.Philox(_Key(key(*parts))))  # type: ignore[arg-type]
+
+
+class _Key(ISeedSequence):
+    """Philox's key as it is: `Philox(key=...)` asks the system for entropy first, in vain."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return np.array([self.value, *[0] * (n_words - 1)], dtype)
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:

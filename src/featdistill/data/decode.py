@@ -30,6 +30,7 @@ _FORMATS = (
     *("PPM", "TIFF", "JPEG2000", "AVIF", "QOI", "TGA", "ICO"),
 )
 _MOST_PIXELS = 1 << 27  # 134 megapixels; decoded 0.4 GB, and as much again while it is cropped
+_UNQUESTIONED = 1 << 24  # and a JPEG picture of up to 17 is decoded before Pillow has seen it
 _PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"))
 _SIXTEEN_BIT = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 
@@ -38,7 +39,7 @@ class BadImage(ValueError):
     """An image that cannot be decoded; the message says why."""
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path | str) -> bytes:
     """A file's bytes.
 
     Raises:
@@ -47,7 +48,8 @@ def read_file(path: Path) -> bytes:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise BadImage("not a file of data")
-        return path.read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
     except OSError as error:
         raise BadImage(error.strerror or str(error)) from None
     except ValueError as error:  # a name with a NUL
@@ -215,14 +217,23 @@ def open_picture(data: bytes) -> Tensor | Picture:
     """
     if not data:
         raise BadImage("empty file")
+    frame = frame_of(data)
+    if frame is not None and frame.familiar and frame.height * frame.width <= _UNQUESTIONED:
+        return Picture(data, frame)
     with _pillows_words(), open_image(io.BytesIO(data)) as image:
-        frame = None
-        if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-            frame = frame_of(data, image.height, image.width)
-        if frame is None:
+        if frame is None or not _agree(frame, image):
             return from_pil(ImageOps.exif_transpose(image))
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return Picture(data, frame, _TURNS.get(orientation, Turn()))
+
+
+def _agree(frame: Frame, image: Image.Image) -> bool:
+    """Whether Pillow sees the same picture in the file's header."""
+    return (
+        image.format in ("JPEG", "MPO")
+        and image.size == (frame.width, frame.height)
+        and image.mode == ("L" if frame.grey else "RGB")
+    )
 
 
 def decode(data: bytes) -> Tensor:

@@ -5,6 +5,7 @@ A source is a sequence of images with, if there are any, labels; it does no rand
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,7 +75,7 @@ class FileSource:
 
     def data(self, index: int) -> bytes:
         """The encoded image. Raises BadImage."""
-        return read_file(self.root / self.files[index])
+        return read_file(os.path.join(self.root, self.files[index]))
 
     def identify(self, index: int) -> str:
         return self.files[index]
