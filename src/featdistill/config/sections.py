@@ -242,6 +242,11 @@ class DataConfig(Section):
     workers: Annotated[int, Field(ge=0)] | None = Field(
         None, description="loading processes; chosen from the cores by default"
     )
+    decode: Literal["exact", "fast"] = Field(
+        "exact",
+        description="exact, or fast: large JPEG pictures are read at a half, a quarter or an "
+        "eighth of their size where a crop needs no more",
+    )
     bad_images: BadImages = Field(
         "skip", description="skip: another image takes an unreadable one's place; error: stop"
     )

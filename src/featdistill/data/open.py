@@ -6,14 +6,14 @@ import csv
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from featdistill.core.errors import DataError, did_you_mean
 from featdistill.data.index import EXTENSIONS, index_folder
 from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, numbered_as
-from featdistill.data.sources import FileSource, TorchvisionSource, digits
+from featdistill.data.sources import FileSource, TorchvisionSource, digits, scaled
 from featdistill.data.splits import label_budget, split
 from featdistill.data.tables import (
     open_hub,
@@ -45,6 +45,7 @@ def open_data(
     val_fraction: float | None = None,
     labels: str | None = None,
     seed: int = 0,
+    decode: Literal["exact", "fast"] = "exact",
 ) -> Data:
     """Open a data set.
 
@@ -55,6 +56,7 @@ def open_data(
         val_fraction: hold out this share of the training part (stratified where labelled).
         labels: label budget of the training part: `N` images a class or `P%` of them.
         seed: of the held-out share and of the label budget.
+        decode: fast: large pictures no larger than their crops need them (`Picture.scaled`).
 
     Raises:
         DataError: there is no such data, or it holds no image.
@@ -69,7 +71,12 @@ def open_data(
         data = replace(data, train=rest, val=held)
     if labels is not None:
         data = replace(data, train=label_budget(data.train, labels, seed))
-    return data
+    return _scaled(data) if decode == "fast" else data
+
+
+def _scaled(data: Data) -> Data:
+    parts = (None if part is None else scaled(part) for part in (data.val, data.test))
+    return Data(scaled(data.train), *parts)
 
 
 def _open(path: str) -> Data:

@@ -263,6 +263,13 @@ class Scaled:
         return self.source.identify(index)
 
 
+def scaled(source: Source) -> Source:
+    """A source that is read as `Scaled` says, and is otherwise what it was."""
+    if isinstance(source, Subset | Relabelled):
+        return replace(source, source=scaled(source.source))
+    return Scaled(source)
+
+
 def digits(canvas: int = 8) -> tuple[Source, Source]:
     """scikit-learn's 1797 handwritten digits, 8x8: the embedded data, train and test parts.
 

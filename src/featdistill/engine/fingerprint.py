@@ -13,7 +13,7 @@ from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator
 from featdistill.data.decode import BadImage
 from featdistill.data.masks import PairSource
-from featdistill.data.sources import FileSource, Relabelled, Source, Subset
+from featdistill.data.sources import FileSource, Relabelled, Scaled, Source, Subset
 
 _SAMPLE = 64
 _MEANING = {
@@ -100,7 +100,7 @@ def _sizes(source: Source) -> np.ndarray | None:
     if isinstance(source, PairSource):
         inner = _sizes(source.images)
         return inner if inner is None or source.chosen is None else inner[list(source.chosen)]
-    if isinstance(source, Relabelled):
+    if isinstance(source, Relabelled | Scaled):
         return _sizes(source.source)
     if isinstance(source, Subset):
         inner = _sizes(source.source)

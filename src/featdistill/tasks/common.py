@@ -23,7 +23,7 @@ from featdistill.data.joint_views import JointView
 from featdistill.data.loader import steps_per_epoch
 from featdistill.data.open import open_data
 from featdistill.data.parts import Data
-from featdistill.data.sources import FileSource, Source
+from featdistill.data.sources import FileSource, Source, scaled
 from featdistill.data.views import View
 from featdistill.engine.loop import Plan
 from featdistill.engine.runtime import Runtime, limit_threads
@@ -67,7 +67,13 @@ def model_of(
 
 def data_of(config: DataConfig, seed: int) -> Data:
     """The data that a configuration names, without its label budget."""
-    return open_data(config.path, val=config.val, val_fraction=config.val_fraction, seed=seed)
+    return open_data(
+        config.path,
+        val=config.val,
+        val_fraction=config.val_fraction,
+        seed=seed,
+        decode=config.decode,
+    )
 
 
 def part_of(data: Data, part: PartName | None = None) -> Source:
@@ -92,7 +98,8 @@ def images_of(config: DataConfig, *, part: PartName | None = None, seed: int = 0
     """The images that a command looks at: a part of the data, or a single image file."""
     where = Path(config.path)
     if where.is_file() and where.suffix.lower() in EXTENSIONS:
-        return FileSource(config.path, where.parent, (where.name,))
+        image = FileSource(config.path, where.parent, (where.name,))
+        return scaled(image) if config.decode == "fast" else image
     return part_of(data_of(config, seed), part)
 
 

@@ -99,6 +99,7 @@ def fixed_images(config: LossConfig) -> Source:
         val_fraction=config.data.val_fraction,
         labels=config.data.labels,
         seed=config.run.seed,
+        decode=config.data.decode,
     )
     source = part_of(data, config.part)
     count = min(config.images, len(source))
