@@ -17,6 +17,8 @@ class BenchConfig(Command):
     example = "featdistill bench diagnose --batch-size 8"
     flat = {
         "what": "what",
+        "data": "data",
+        "images": "images",
         "model": "model",
         "image-size": "image_size",
         "batch-size": "batch_size",
@@ -33,10 +35,15 @@ class BenchConfig(Command):
     }
     positional = "what"
 
-    what: Literal["step", "diagnose", "landscape"] = Field(
-        description="what to time: step (of a distillation, beside the official code's), diagnose "
-        "(attention beside a plain forward pass) or landscape (its points beside plain evaluations)"
+    what: Literal["step", "data", "diagnose", "landscape"] = Field(
+        description="what to time: step (of a distillation, beside the official code's), data "
+        "(loading, likewise), diagnose (attention beside a plain forward pass) or landscape (its "
+        "points beside plain evaluations)"
     )
+    data: str | None = Field(
+        None, description="data: a folder of images; made photographs of 500x400 by default"
+    )
+    images: Positive = Field(64, description="data: how many images")
     teacher: str = Field(
         "timm/vit_base_patch16_224", description="step: teacher, with random weights"
     )
@@ -52,7 +59,9 @@ class BenchConfig(Command):
         "timm/vit_base_patch16_224",
         description="diagnose, landscape: model, with random weights",
     )
-    image_size: Positive | None = Field(None, description="side in pixels; the model's own")
+    image_size: Positive | None = Field(
+        None, description="side in pixels; the model's own, or 224 for data"
+    )
     batch_size: Positive | None = Field(
         None, description="images of a step (4; CUDA 128), of a pass or an evaluation (8)"
     )

@@ -41,7 +41,12 @@ class Times:
 
 
 def take_turns(
-    works: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device, warm: int = 1
+    works: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    device: torch.device,
+    warm: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Time works in turn, so that a machine that slows down slows all of them.
 
@@ -50,11 +55,12 @@ def take_turns(
         rounds: how often each is timed.
         device: to be waited for.
         warm: rounds before, which are not counted.
+        clock: seconds, of which the differences count.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-warm, rounds):
         for name, work in works.items():
-            seconds = seconds_of(work, device)
+            seconds = seconds_of(work, device, clock)
             if number >= 0:
                 taken[name].append(seconds)
     return {name: Times(tuple(values)) for name, values in taken.items()}
@@ -65,13 +71,17 @@ def ratio(a: Times, b: Times) -> float:
     return statistics.median(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(
+    work: Callable[[], object],
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Seconds of a work, until the device has done it."""
-    began = time.perf_counter()
+    began = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def set_up(device: torch.device, **more: Any) -> dict[str, Any]:
