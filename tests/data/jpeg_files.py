@@ -11,10 +11,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 
-
-
 def jpeg(
-    height: int, width: int, *, seed: int = 0, mode: str = "RGB", orientation: int = 1, **options: Any
+    height: int,
+    width: int,
+    *,
+    seed: int = 0,
+    mode: str = "RGB",
+    orientation: int = 1,
+    **options: Any,
 ) -> bytes:
     """A file with noise, slopes and edges; options as Pillow's."""
     rng = np.random.default_rng(seed)
