@@ -7,7 +7,6 @@ is left to it: `frame_of` and `decode_rows` give None, and its word counts.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +29,8 @@ _FAMILIAR = {
     _ADOBE: 14,
 }
 _SEVERAL_PICTURES = b"MPF\0"
-# what ends a scan: 0xff before a stuffed zero, before filling or in a restart marker belongs to it
-_END_OF_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_END_OF_PICTURE = b"\xff\xd9"
-_SKIPPED = re.compile(r"extraneous bytes before marker 0xd[0-79]")
+# what libjpeg says of rows that it did not expect before the mark of the end
+_SKIPPED = "extraneous bytes before marker 0xd9"
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class Frame:
         height, width: as stored, before any rotation.
         grey: of one colour.
         height_at: place of the height's two bytes.
-        scan: where the coded picture begins, if its rows stand there from top to bottom; or None.
+        from_top: its rows stand in the file from top to bottom, and no marker among them.
         familiar: the file has no segment that Pillow would have to be asked about.
     """
 
@@ -52,41 +49,43 @@ class Frame:
     width: int
     grey: bool
     height_at: int
-    scan: int | None
+    from_top: bool
     familiar: bool
 
 
 def frame_of(data: bytes) -> Frame | None:
     """A file's frame; None if it is no JPEG file, or an unusual one."""
-    at, last, start, familiar = 2, len(data) - 4, 0, True
+    at, last, start, familiar, restarts = 2, len(data) - 4, 0, True, False
     if data[:2] != b"\xff\xd8":
         return None
     while at < last and data[at] == 0xFF:
         kind, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         after = at + 2 + length
         if kind == _SCAN:
-            return _framed(data, start, at, familiar) if start and after < len(data) else None
+            if not start or after >= len(data):
+                return None
+            in_one = data[start + 1] != _PROGRESSIVE and data[at + 4] == data[start + 9]
+            return _framed(data, start, in_one and not restarts, familiar)
         if kind in (_BASELINE, _EXTENDED, _PROGRESSIVE):
-            if start or after > last or length != 8 + 3 * data[at + 9] or data[at + 4] != 8:
+            if start or at + 9 > last or length != 8 + 3 * data[at + 9] or data[at + 4] != 8:
                 return None
             start = at
         elif kind not in _TABLES:
             return None
         elif length < _FAMILIAR.get(kind, 1 << 16) or data[at + 4 : at + 8] == _SEVERAL_PICTURES:
             familiar = False
+        restarts |= kind == _RESTARTS
         at = after
     return None
 
 
-def _framed(data: bytes, start: int, scan: int, familiar: bool) -> Frame | None:
-    """The frame whose segment starts at one place, and the segment of its scan at another."""
+def _framed(data: bytes, start: int, from_top: bool, familiar: bool) -> Frame | None:
+    """The frame whose segment starts there."""
     height, width = (int.from_bytes(data[start + i : start + i + 2], "big") for i in (5, 7))
     colours = data[start + 9]
     if colours not in (1, 3) or not height or not width:
         return None
-    whole = data[start + 1] != _PROGRESSIVE and data[scan + 4] == colours
-    coded = scan + 2 + (data[scan + 2] << 8 | data[scan + 3])
-    return Frame(height, width, colours == 1, start + 5, coded if whole else None, familiar)
+    return Frame(height, width, colours == 1, start + 5, from_top, familiar)
 
 
 def decode_rows(data: bytes, frame: Frame, *, bottom: int, shrink: int = 1) -> np.ndarray | None:
@@ -101,7 +100,7 @@ def decode_rows(data: bytes, frame: Frame, *, bottom: int, shrink: int = 1) -> n
         what the file is worth.
     """
     rows, source = frame.height, data
-    if bottom + _CONTEXT < rows and _is_complete(data, frame):
+    if frame.from_top and bottom + _CONTEXT < rows:
         # a file that claims to end earlier: the decoder stops there, and skips the rest
         rows, at = bottom + _CONTEXT, frame.height_at
         source = b"".join((data[:at], rows.to_bytes(2, "big"), data[at + 2 :]))
@@ -112,15 +111,7 @@ def decode_rows(data: bytes, frame: Frame, *, bottom: int, shrink: int = 1) -> n
             source, min_height=height, min_width=width, buffer=pixels, strict=True
         )
     except ValueError as error:
-        # the last that was complained of: if it is the skipped rest, all before has been decoded
-        skipped = rows < frame.height and _SKIPPED.search(str(error))
-        return pixels if skipped else None
+        # it names what is wrong first: if that is the skipped rest, all before it was right; and
+        # the file goes on to its proper end, so that Pillow would not refuse it
+        return pixels if rows < frame.height and _SKIPPED in str(error) else None
     return pixels if found.shape == pixels.shape else None
-
-
-def _is_complete(data: bytes, frame: Frame) -> bool:
-    """Whether Pillow would decode all of it, whatever stands in the rows that are left out."""
-    if frame.scan is None:
-        return False
-    end = _END_OF_SCAN.search(data, frame.scan)
-    return end is not None and end[0] == _END_OF_PICTURE
