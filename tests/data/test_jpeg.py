@@ -271,6 +271,7 @@ def test_several_pictures_in_a_file_give_the_first(encode: Any) -> None:
         b"\xff\xd8",
         b"\xff\xd8\xff",
         b"\xff\xd8\xff\xc0\0",
+        b"\xff\xd8\xff\xc0\0\2\0\0\0\0",
         b"\xff\xd8\xff\xda\0\2" * 9,
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from featdistill.core.errors import DataError
 from featdistill.core.types import Batch
+from featdistill.data import loader
 from featdistill.data.decode import BadImage
 from featdistill.data.loader import (
     Share,
@@ -219,12 +221,45 @@ def test_a_score_needs_every_image(source: Damaged, workers: int) -> None:
     )
 
 
-def test_default_workers_leave_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    assert [default_workers(n) for n in (1, 2, 8, 16)] == [7, 3, 0, 0]
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 0), (2, 1, 1), (4, 1, 3), (8, 8, 0), (16, 1, 15), (16, 2, 7), (64, 1, 16), (64, 8, 7)],
+)
+def test_default_workers_leave_a_core(
+    cores: int, processes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(loader, "_QUOTA", Path("no such file"))
+    assert default_workers(processes) == workers
+    assert Share(0, processes).workers == workers
+    assert Share(0, 4 * processes, here=processes).workers == workers, "of four machines"
 
 
-# --- given batches
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("400000 100000", 4), ("max 100000", 16), ("50000 100000", 1), ("9900000 100000", 16)],
+)
+def test_a_containers_share_of_the_cores(
+    quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(loader, "_QUOTA", tmp_path / "cpu.max")
+    assert loader.cores() == cores
+
+
+def test_a_device_gets_a_loading_process(source: Damaged, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "cores", lambda: 1)
+    plan = {**PLAN, "workers": None}
+    assert training_batches(source, VIEW, **plan).num_workers == 0
+    assert training_batches(source, VIEW, **plan, pin_memory=True).num_workers == 1
+
+
+@pytest.mark.parametrize(("batch", "ahead"), [(4, 4), (128, 2)])
+def test_few_large_batches_are_kept_ready(batch: int, ahead: int) -> None:
+    images = ArraySource("made", torch.zeros(256, 3, 1, 1, dtype=torch.uint8))
+    plan = {**PLAN, "batch_size": batch, "workers": 1}
+    assert training_batches(images, VIEW, **plan).prefetch_factor == ahead
 
 
 @pytest.mark.parametrize("workers", [0, 2])

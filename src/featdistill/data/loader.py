@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from featdistill.data.views import Address, View
 from featdistill.data.workers import AtWork, processes, trouble_of
 
 _FEW = 1024
+_LARGE_BATCH = 64
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, in so many
 _ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
 
 
@@ -42,10 +45,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Share:
-    """This process among all: its rank and how many there are."""
+    """This process among all.
+
+    Attributes:
+        rank, world: its number, and how many there are.
+        here: how many of them share this machine's cores; all by default.
+    """
 
     rank: int = 0
     world: int = 1
+    here: int | None = None
+
+    @property
+    def workers(self) -> int:
+        """Its loading processes, where nobody says how many."""
+        return default_workers(self.here or self.world)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -180,9 +194,29 @@ def collate(samples: list[_Sample]) -> Batch:
 
 
 def default_workers(processes: int = 1) -> int:
-    """Loading processes for each training process: the cores, less one for the loop itself."""
-    cores = len(os.sched_getaffinity(0))
-    return max(0, min(16, cores // processes - 1))
+    """Loading processes for each training process: the cores, less one for the loop itself.
+
+    Sixteen at most, which keep up with any one GPU (docs/performance-data.md).
+
+    Args:
+        processes: training processes that share this machine.
+    """
+    return max(0, min(16, cores() // processes - 1))
+
+
+def cores() -> int:
+    """Processors that this process may use: of the machine, of its affinity, of its container."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # another system, or no limit ("max")
+        return allowed
+
+
+def _ahead(images: int) -> int:
+    """Batches that a loading process keeps ready: of large ones, two are gigabytes."""
+    return 2 if images > _LARGE_BATCH else 4
 
 
 def training_batches(
@@ -211,13 +245,15 @@ def training_batches(
     sampler = RunSampler(
         len(source), batch_size=batch_size, seed=seed, start=start, stop=stop, share=share
     )
-    workers = min(default_workers(share.world) if workers is None else workers, stop - start)
+    if workers is None:  # a device computes while a process loads, be it on the loop's own core
+        workers = max(share.workers, 1 if pin_memory else 0)
+    workers = min(workers, stop - start)
     return DataLoader(
         Samples(source, view, seed, cache),  # type: ignore[arg-type]
         batch_sampler=sampler,
         collate_fn=collate,
         pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=_ahead(batch_size // share.world) if workers else None,
         **processes(workers),
         # its own generator, or making an iterator would move the process's
         generator=torch_generator("loader", seed, start),
@@ -288,7 +324,7 @@ def ordered_batches(
     if len(mine) < _FEW:  # over before a process has started
         workers = 0
     elif workers is None:
-        workers = default_workers(share.world)
+        workers = share.workers
     return DataLoader(
         _InOrder(source, view),  # type: ignore[arg-type]
         sampler=mine,

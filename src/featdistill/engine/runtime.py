@@ -122,6 +122,7 @@ class Runtime:
             token = self.fabric.broadcast(uuid4().hex)
             peers.join(rank=self.share.rank, world=self.share.world, token=token)
         self.attention = attention
+        self._nodes = nodes
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +132,12 @@ class Runtime:
     @property
     def share(self) -> Share:
         """This process among all."""
-        return Share(self.fabric.global_rank, self.fabric.world_size)
+        return Share(self.fabric.global_rank, self.fabric.world_size, self.processes_here)
+
+    @property
+    def processes_here(self) -> int:
+        """Processes of this machine, about: of several machines, each has as many."""
+        return max(1, self.fabric.world_size // self._nodes)
 
     @property
     def first(self) -> bool:

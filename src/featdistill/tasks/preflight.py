@@ -24,7 +24,7 @@ from featdistill.config.commands import DistillConfig
 from featdistill.core.errors import FeatDistillError, NonFiniteError, RunError
 from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
-from featdistill.data.loader import default_workers, plainly, training_batches
+from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.batches import is_out_of_memory
 from featdistill.engine.optimizer import set_rates
 from featdistill.engine.runtime import Runtime
@@ -161,7 +161,7 @@ def preflight(
         filling=None,
         teacher=teacher,
         student=student,
-        workers=default_workers(runtime.share.world) if workers is None else workers,
+        workers=runtime.share.workers if workers is None else workers,
         processes=runtime.share.world,
         memory=memory,
         device_memory=_device_memory(runtime.device),
