@@ -106,12 +106,6 @@ class Box:
         """The crop's pixels, a view of (3, height, width)."""
         return image[:, self.top : self.bottom, self.left : self.right]
 
-    def shrunk(self, by: int) -> Box:
-        """The crop in a picture that is so many times smaller, to the nearest pixel."""
-        top, left = round(self.top / by), round(self.left / by)
-        bottom, right = round(self.bottom / by), round(self.right / by)
-        return Box(top, left, max(1, bottom - top), max(1, right - left))
-
 
 @dataclass(frozen=True)
 class Turn:
@@ -137,6 +131,37 @@ class Turn:
         return Box(top, left, tall, wide)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A crop among the pixels that were decoded for it, between which its edges may lie.
+
+    Attributes:
+        pixels: (3, height, width) uint8.
+        rows, columns: where it begins and ends.
+    """
+
+    pixels: Tensor
+    rows: tuple[float, float]
+    columns: tuple[float, float]
+
+    def turned(self, turn: Turn) -> Part:
+        """As it is to be seen."""
+        _, height, width = self.pixels.shape
+        rows = (height - self.rows[1], height - self.rows[0]) if turn.rows else self.rows
+        columns = (
+            (width - self.columns[1], width - self.columns[0]) if turn.columns else self.columns
+        )
+        pixels = turn.upright(self.pixels)
+        return Part(pixels, columns, rows) if turn.swap else Part(pixels, rows, columns)
+
+    def resized(self, size: int, *, bicubic: bool) -> Tensor:
+        """(3, size, size) uint8, antialiased; by Pillow, which knows edges between pixels."""
+        image = Image.fromarray(self.pixels.permute(1, 2, 0).contiguous().numpy())
+        box = (self.columns[0], self.rows[0], self.columns[1], self.rows[1])
+        way = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        return from_pil(image.resize((size, size), way, box)).contiguous()
+
+
 # EXIF 2.32, tag 0x0112
 _TURNS = {
     2: Turn(columns=True),
@@ -154,9 +179,8 @@ class Picture:
     """A plain JPEG picture that is decoded when it is known what of it is wanted.
 
     Attributes:
-        scaled: a crop that is made smaller anyway may be decoded at a half, a quarter or an eighth
-            of the size, where that still has the pixels of the result; the crop then moves by up to
-            half a pixel of what was decoded.
+        scaled: a crop that becomes smaller anyway may be decoded at a half, a quarter or an eighth
+            of the size, where that still has all pixels of the result.
     """
 
     data: bytes
@@ -170,31 +194,39 @@ class Picture:
         size = self.frame.height, self.frame.width
         return (3, *(size[::-1] if self.turn.swap else size))
 
-    def cut(self, box: Box, size: int) -> Tensor:
-        """A crop's pixels.
-
-        Args:
-            size: side in pixels to which it will be brought.
+    def cut(self, box: Box) -> Tensor:
+        """A crop's pixels, exactly.
 
         Returns:
-            (3, height, width) uint8 of the box's size, or where `scaled` perhaps of a half of it,
-            a quarter, an eighth.
+            (3, height, width) uint8 of the box's size.
 
         Raises:
             BadImage: the file is damaged.
         """
-        shrink = self._shrink(box, size)
         stored = self.turn.stored(box, self.frame.height, self.frame.width)
-        pixels = decode_rows(self.data, self.frame, bottom=stored.bottom, shrink=shrink)
+        pixels = decode_rows(self.data, self.frame, bottom=stored.bottom)
         if pixels is None:
             return box.of(_decode_with_pillow(self.data))
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
-        return self.turn.upright(stored.shrunk(shrink).of(image))
+        return self.turn.upright(stored.of(torch.from_numpy(pixels).permute(2, 0, 1)))
 
-    def _shrink(self, box: Box, size: int) -> int:
-        if not self.scaled:
-            return 1
-        return next((s for s in SHRINKS if min(box.height, box.width) >= size * s), 1)
+    def smaller(self, box: Box, size: int) -> Part | None:
+        """A crop that becomes (size, size), from fewer pixels; None if it has to be cut exactly."""
+        shrink = next((s for s in SHRINKS if min(box.height, box.width) >= size * s), None)
+        if shrink is None or not self.scaled:
+            return None
+        stored = self.turn.stored(box, self.frame.height, self.frame.width)
+        found = decode_rows(self.data, self.frame, bottom=stored.bottom, shrink=shrink)
+        if found is None:
+            return None
+        pixels = torch.from_numpy(found).permute(2, 0, 1)
+        top, left = stored.top // shrink, stored.left // shrink
+        bottom, right = -(-stored.bottom // shrink), -(-stored.right // shrink)
+        part = Part(
+            pixels[:, top:bottom, left:right],
+            (stored.top / shrink - top, stored.bottom / shrink - top),
+            (stored.left / shrink - left, stored.right / shrink - left),
+        )
+        return part.turned(self.turn)
 
     def pixels(self) -> Tensor:
         """All of it, exactly: (3, height, width) uint8. Raises BadImage."""

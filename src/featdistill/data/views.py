@@ -64,7 +64,12 @@ def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 def crop(image: Tensor | Picture, box: Box, size: int, *, bicubic: bool = False) -> Tensor:
     """Cut `box` out and bring it to (3, size, size), antialiased."""
-    cut = image.cut(box, size) if isinstance(image, Picture) else box.of(image)
+    if isinstance(image, Picture):
+        if (part := image.smaller(box, size)) is not None:
+            return part.resized(size, bicubic=bicubic)
+        cut = image.cut(box)
+    else:
+        cut = box.of(image)
     # a pixel's colours side by side, as they were decoded: so torch resizes fastest, but rows with
     # gaps between them it would tear apart into planes first
     rows = cut.permute(1, 2, 0).contiguous().permute(2, 0, 1)
