@@ -16,13 +16,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from PIL import Image
 
 from featdistill.core.errors import DataError
-from featdistill.data.decode import BadImage
+from featdistill.data.decode import BadImage, Box, Picture, _decode_with_pillow
 from featdistill.data.loader import Item, Samples
 from featdistill.data.masks import MaskFiles, Numbering, PairSource
-from featdistill.data.sources import FileSource
+from featdistill.data.sources import FileSource, scaled
 from featdistill.data.views import EvalView
 
 SECONDS = 20  # for one file
@@ -85,10 +86,12 @@ def read(folder: Path, data: bytes) -> list[str]:
         outcomes.append("image")
     except BadImage:
         outcomes.append("bad image")
-    sample = Samples(source, EvalView(8), 0)[Item(0, 0, 0)]
-    assert sample.views[0].shape == (3, 8, 8)
-    assert bool(sample.replaced) == (outcomes[0] == "bad image")
-    assert all(r.index == 0 and r.reason.startswith("0.jpg: ") for r in sample.replaced)
+    for way in (source, scaled(source)):
+        sample = Samples(way, EvalView(8), 0)[Item(0, 0, 0)]
+        assert sample.views[0].shape == (3, 8, 8)
+        assert bool(sample.replaced) == (outcomes[0] == "bad image")
+        assert all(r.index == 0 and r.reason.startswith("0.jpg: ") for r in sample.replaced)
+    check_beside_pillow(source, data)
     pairs = PairSource(
         "made", source, MaskFiles(folder, ("0.jpg",)), ("a", "b"), Numbering((0, 1), ())
     )
@@ -98,6 +101,25 @@ def read(folder: Path, data: bytes) -> list[str]:
     except (BadImage, DataError) as error:
         outcomes.append(type(error).__name__)
     return outcomes
+
+
+def check_beside_pillow(source: FileSource, data: bytes) -> None:
+    """That a file of the formats that Pillow was asked for is as it alone reads it."""
+    try:
+        want = None if not data else _decode_with_pillow(data)
+    except BadImage:
+        want = None
+    try:
+        found = source.look(0)
+        whole = found.pixels() if isinstance(found, Picture) else found
+    except BadImage:
+        assert want is None
+        return
+    assert want is not None
+    assert torch.equal(whole, want)
+    if isinstance(found, Picture):
+        box = Box(0, 0, max(1, want.shape[1] // 3), want.shape[2])
+        assert torch.equal(found.cut(box), box.of(want))
 
 
 def main(first: int, last: int) -> None:
