@@ -33,6 +33,11 @@ def test_summaries_are_the_schemas_own() -> None:
         (["distill", "--help"], {"torch", "timm", "numpy"}),
         ([*DISTILL, "--print-config"], {"torch", "timm", "numpy"}),
         (["distill", "--oops"], {"torch", "timm", "numpy"}),
+        (["distill", "--teacher", "x", "--data", "gone", "--out", "o"], {"torch", "timm"}),
+        ([*DISTILL, "--student", "vit-x"], {"torch", "timm"}),
+        (["knn", "--model", "x", "--data", "digits", "--out", __file__], {"torch", "timm"}),
+        (["recipes"], {"torch", "timm"}),
+        (["models"], {"torch", "timm"}),
     ],
 )
 def test_nothing_heavy_is_imported(words: list[str], heavy: set[str]) -> None:

@@ -101,8 +101,13 @@ def _run(command: str, words: list[str]) -> int:
     if parsed.print_config:
         print(to_yaml(config), end="")
         return 0
-    from featdistill.tasks import run_command
+    from featdistill.cli.imports import uncollected
+    from featdistill.tasks import home_of, run_command
+    from featdistill.tasks.first_look import first_look
 
+    first_look(config)
+    with uncollected():
+        home_of(command)
     run_command(command, config)
     return 0
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from featdistill.core.errors import DataError, did_you_mean
 from featdistill.data.index import EXTENSIONS, index_folder
+from featdistill.data.names import DIGITS, TORCHVISION, check_there, is_torchvision
 from featdistill.data.parts import TEST, TRAIN, VAL, Data, class_names, first, numbered_as
 from featdistill.data.sources import FileSource, TorchvisionSource, digits, scaled
 from featdistill.data.splits import label_budget, split
@@ -21,18 +22,6 @@ from featdistill.data.tables import (
     open_saved_dataset,
     read_parquet,
 )
-
-_DIGITS = {"digits": 8, "scattered-digits": 12}  # name -> canvas, pixels
-_TORCHVISION = {
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "stl10": "STL10",
-    "flowers102": "Flowers102",
-    "food101": "Food101",
-    "pets": "OxfordIIITPet",
-    "svhn": "SVHN",
-}
-
 
 # where parquet files lie in a data set; to look below every folder would walk all images
 _TABLES = ("*.parquet", "data/*.parquet", *(f"{p}/*.parquet" for p in (*TRAIN, *VAL, *TEST)))
@@ -80,21 +69,15 @@ def _scaled(data: Data) -> Data:
 
 
 def _open(path: str) -> Data:
-    if path in _DIGITS:
-        train, test = digits(_DIGITS[path])
+    if path in DIGITS:
+        train, test = digits(DIGITS[path])
         return Data(train, test=test)
     if path.startswith("hf:"):
         return open_hub(path.removeprefix("hf:"))
-    name = path.removeprefix("torchvision:")
-    if path.startswith("torchvision:") or (name in _TORCHVISION and not Path(path).exists()):
-        return _torchvision(name)
-    where = Path(path).expanduser()
-    try:
-        exists = where.exists()
-    except OSError:
-        exists = False
-    if not exists:
-        raise _absent(path, where)
+    if is_torchvision(path):
+        return _torchvision(path.removeprefix("torchvision:"))
+    where = check_there(path)
+    assert where is not None
     if where.is_dir():
         return _folder(where)
     if where.suffix == ".parquet":
@@ -104,16 +87,6 @@ def _open(path: str) -> Data:
     raise DataError(
         f"'{path}' is neither a folder, nor a list (.txt, .csv), nor a parquet file",
         fix="give a folder of images",
-    )
-
-
-def _absent(path: str, where: Path) -> DataError:
-    siblings = [p.name for p in where.parent.iterdir()] if where.parent.is_dir() else []
-    hint = did_you_mean(path, [*_DIGITS, *_TORCHVISION]) or did_you_mean(where.name, siblings)
-    return DataError(
-        f"no data at '{path}'",
-        expected="an image folder, a list, a parquet file, digits, hf:NAME or torchvision:NAME",
-        fix=hint,
     )
 
 
@@ -193,8 +166,8 @@ def _list_file(file: Path) -> FileSource:
 
 
 def _torchvision(name: str) -> Data:
-    if name not in _TORCHVISION:
-        known = list(_TORCHVISION)
+    if name not in TORCHVISION:
+        known = list(TORCHVISION)
         raise DataError(
             f"'{name}' is not a torchvision data set known here",
             expected=", ".join(known),
@@ -202,7 +175,7 @@ def _torchvision(name: str) -> Data:
         )
     import torchvision
 
-    kind = getattr(torchvision.datasets, _TORCHVISION[name])
+    kind = getattr(torchvision.datasets, TORCHVISION[name])
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "featdistill" / "data"
     splits = ("trainval", "test") if name == "pets" else ("train", "test")
     by_flag = name.startswith("cifar")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -279,9 +280,7 @@ def digits(canvas: int = 8) -> tuple[Source, Source]:
         canvas: side in pixels of a black canvas on which each digit has a place of its own, drawn
             once and for all: unlike 8x8 digits, and like photographs, objects then are anywhere.
     """
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = _digits_table()
     small = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     large = np.zeros((len(small), canvas, canvas), np.uint8)
     places = generator("digits", canvas).integers(canvas - 8 + 1, size=(len(small), 2))
@@ -301,6 +300,23 @@ def digits(canvas: int = 8) -> tuple[Source, Source]:
         for part, mask in (("train", ~test), ("test", test))
     )
     return train, held
+
+
+def _digits_table() -> tuple[np.ndarray, np.ndarray]:
+    """Pixels (1797, 64) from 0 to 16, and labels, as `sklearn.datasets.load_digits` gives them.
+
+    Read from scikit-learn's own file: to import it takes a second, of five before a first step.
+    """
+    found = find_spec("sklearn")
+    for root in (found and found.submodule_search_locations) or ():
+        file = Path(root) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            table = np.loadtxt(file, delimiter=",")
+            return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return pixels, labels
 
 
 def labelled(source: Source, what: str) -> np.ndarray:

@@ -6,7 +6,6 @@ position bias table for all layers; Swin students are timm's `SwinTransformerV2`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from featdistill.core.errors import ModelError, did_you_mean
+from featdistill.core.errors import ModelError
 from featdistill.core.seeds import seeded_globals
 from featdistill.models.backbone import (
     IMAGENET_MEAN,
@@ -26,47 +25,11 @@ from featdistill.models.backbone import (
     Rgb,
     TimmBuild,
 )
+from featdistill.models.student_sizes import SIZES, SwinSize, VitSize, check_student
 from featdistill.models.timm_models import accepts, check_name, create, drop_path_argument
 
 PositionName = Literal["shared-rpb", "rpb", "ape", "none"]
 Style = Literal["beit", "plain"]
-
-
-@dataclass(frozen=True)
-class VitSize:
-    """A ViT student: width, layers, heads, patch side."""
-
-    width: int
-    depth: int
-    heads: int
-    patch: int = 16
-
-
-@dataclass(frozen=True)
-class SwinSize:
-    """A Swin V2 student: width of the first stage, layers and heads of each, window side.
-
-    `end_norm_period`: an extra norm follows every so many blocks of a stage; 0: none.
-    """
-
-    width: int
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    window: int
-    patch: int = 4
-    end_norm_period: int = 0
-
-
-SIZES: dict[str, VitSize | SwinSize] = {
-    "vit-t": VitSize(192, 12, 3),
-    "vit-s": VitSize(384, 12, 6),
-    "vit-b": VitSize(768, 12, 12),
-    "vit-l": VitSize(1024, 24, 16, patch=14),
-    "swin-t": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), window=7),
-    "swin-s": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), window=7),
-    "swin-b": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), window=14),
-    "swin-g": SwinSize(512, (2, 2, 42, 4), (16, 32, 64, 128), window=14, end_norm_period=6),
-}
 
 
 def build_student(
@@ -158,13 +121,8 @@ def _student_build(
     if name.startswith("timm/"):
         _refuse({**shape, "patch": patch, "position": position, "window": window}, name)
         return _timm_build(name.removeprefix("timm/"), image_size)
-    size = SIZES.get(name)
-    if size is None:
-        raise ModelError(
-            f"no student called '{name}'",
-            expected=f"{', '.join(SIZES)} or timm/NAME",
-            fix=did_you_mean(name, SIZES),
-        )
+    check_student(name)
+    size = SIZES[name]
     if isinstance(size, SwinSize):
         _refuse({**shape, "position": position}, name)
         return swin_build(size, image_size, patch or size.patch, window or size.window)

@@ -11,7 +11,7 @@ import timm
 from featdistill.core.errors import ModelError, nearest
 from featdistill.models import catalogue
 from featdistill.models.checkpoints.files import SUFFIXES
-from featdistill.models.students import SIZES
+from featdistill.models.student_sizes import SIZES
 
 
 def no_model(spec: str) -> ModelError:
