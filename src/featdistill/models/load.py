@@ -38,7 +38,7 @@ from featdistill.models.timm_models import (
     create,
     drop_path_argument,
 )
-from featdistill.models.weights import file_hash, load_exactly, read_json
+from featdistill.models.weights import HashMeanwhile, Unfilled, load_exactly, read_json
 
 NormalisationName = Literal["auto", "imagenet", "clip", "half", "satellite"]
 NORMALISATIONS: dict[str, tuple[Rgb, Rgb]] = {
@@ -206,13 +206,14 @@ def _normalised(backbone: Backbone, name: NormalisationName) -> Backbone:
 
 def _checkpoint(spec: str, file: Path, asked: _Asked | None, drop: Drop) -> Backbone:
     arch, branch = (asked.arch, asked.branch) if asked else (None, None)
+    checksum = HashMeanwhile(file)
     loaded = load_checkpoint(file, arch=arch, branch=branch, drop_path=drop.rate)
     config = {
         "input_size": (3, loaded.image_size, loaded.image_size),
         "mean": loaded.mean,
         "std": loaded.std,
     }
-    origin = Origin(spec, f"{file.name} (sha256 {file_hash(file)})", None, loaded.report)
+    origin = Origin(spec, f"{file.name} (sha256 {checksum.result()})", None, loaded.report)
     return _wrap(
         loaded.model,
         config,
@@ -384,10 +385,13 @@ def _described(spec: str, described: Path, file: Path, drop: Drop) -> Backbone:
     layout = timm_layout(described)
     architecture, arguments = layout.architecture, layout.arguments
     check_name(architecture)
-    model = create(architecture, **arguments, **drop_path_argument(architecture, drop.rate))
+    checksum = HashMeanwhile(file)
+    rate = drop_path_argument(architecture, drop.rate)
+    with Unfilled():
+        model = create(architecture, **arguments, **rate)
     found = unwrap(read_tree(file), None, file)
     load_exactly(model, found.tensors, what=str(file), strangers=found.strangers)
-    weights = f"{file.name} (sha256 {file_hash(file)})"
+    weights = f"{file.name} (sha256 {checksum.result()})"
     return _wrap(
         model,
         layout.pretrained,

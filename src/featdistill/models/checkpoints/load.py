@@ -33,7 +33,7 @@ from featdistill.models.timm_models import (
     create,
     drop_path_argument,
 )
-from featdistill.models.weights import likely_cause, listed, load_exactly, odd_numbers
+from featdistill.models.weights import Unfilled, likely_cause, listed, load_exactly, odd_numbers
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,8 @@ def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
             )
         except ModelError as error:
             raise _misfit(read, error.given, expected=error.expected, fix=error.fix) from None
-        model = _create(plan, drop_path)
+        with Unfilled():
+            model = _create(plan, drop_path)
         _fill(read, model, tensors)
     title = format_.title if format_ else f"as timm reads '{(arch or '').partition('.')[0]}'"
     trunk = read.unwrapped.path.endswith("visual.trunk.") and "head.weight" in tensors
@@ -309,6 +310,7 @@ def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         say=words,
         missing=converted.incomplete,
         strangers=(*converted.strangers, *read.unwrapped.strangers),
+        numbers="checked",
     )
     own = dict(model.named_buffers())
     for name, value in converted.buffers.items():
