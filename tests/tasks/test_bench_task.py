@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from featdistill.cli.main import main
+from featdistill.core.errors import RunError
+from featdistill.tasks.bench import load
+from featdistill.tasks.bench.common import in_turn
 from featdistill.tasks.bench.photographs import photograph
 
 SMALL = ("--model", "timm/vit_tiny_patch16_224", "--image-size", "64", "--device", "cpu")
@@ -71,3 +75,86 @@ def test_what_bench_data_cannot_read(capsys: pytest.CaptureFixture[str], tmp_pat
     (tmp_path / "a.jpg").write_bytes(photograph(0, height=30, width=30)[:300])
     assert main(["bench", "data", "--data", str(tmp_path)]) == 2
     assert "cannot read 'a.jpg'" in capsys.readouterr().err
+
+
+def test_in_turn_forgets_warm_rounds_and_keeps_the_order() -> None:
+    seconds = {"a": iter([9.0, 1.0, 3.0]), "b": iter([9.0, 2.0, 4.0])}
+    order: list[str] = []
+    told: list[int] = []
+
+    def work(name: str) -> float:
+        order.append(name)
+        return next(seconds[name])
+
+    found = in_turn(
+        {name: lambda name=name: work(name) for name in seconds}, rounds=2, told=told.append
+    )
+    assert order == ["a", "b"] * 3
+    assert told == [1, 2, 3, 4, 5, 6]
+    assert {name: times.seconds for name, times in found.items()} == {"a": (1, 3), "b": (2, 4)}
+
+
+def test_start_up_and_files_beside_their_references(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The files are real; the processes, which take seconds, are stood in for."""
+    fakes = dict(zip(load._PROCESSES, (2.0, 0.5, 1.0, 3.0), strict=True))
+    monkeypatch.setattr(
+        load, "_commands", lambda *_: {name: lambda s=s: s for name, s in fakes.items()}
+    )
+    words = ["bench", "load", *SMALL, "--rounds", "2"]
+    assert main([*words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["processes"]["first_step"] == {"median": 3, "min": 3, "max": 3, "ratio": 1.5}
+    assert record["processes"]["help"]["ratio"] == 0.25
+    assert record["bytes"] > 4 * 5_000_000
+    for suffix in ("safetensors", "pth"):
+        found = record["files"][suffix]
+        for way in ("plain", "load_backbone"):
+            assert 0 < found[way]["min"] <= found[way]["median"] <= found[way]["max"]
+        assert found["ratio"] > 0
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    for line in ("featdistill --help ", "command to first step ", ".pth, load_backbone ", "1.50"):
+        assert line in said
+
+
+def test_both_ways_load_the_same(tmp_path: Path) -> None:
+    name = "vit_tiny_patch16_224"
+    images = torch.rand(1, 3, 224, 224)
+    found = []
+    for file in load._write(name, tmp_path).values():
+        plain, ours = load.load_plainly(name, file), load._load(name, file)
+        with torch.no_grad():
+            found += [plain((images - ours.mean) / ours.std), ours(images).logits]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_a_first_step_is_waited_for_and_its_process_is_gone(tmp_path: Path) -> None:
+    small = ["--student.depth", "1", "--batch-size", "2", "--no-run.preflight"]
+    assert load._first_step([*load._TINY, *small, "--holdout", "none"], tmp_path) > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-c", "import sys; sys.exit('oh no')"], "failed: oh no"),
+        (["-c", "import sys; sys.exit(3)"], "it said nothing"),
+    ],
+)
+def test_a_process_that_fails_is_not_timed(words: list[str], says: str) -> None:
+    with pytest.raises(RunError, match=says):
+        load._whole(words)
+
+
+def test_a_run_that_fails_is_not_timed(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="failed: error: no data at 'gone'"):
+        load._first_step([*load._TINY, "--data", "gone"], tmp_path)
+
+
+def test_files_are_made_of_timms_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "load", "--model", "vit-b", "--device", "cpu"]) == 2
+    assert (
+        "error: bench load writes files of 'vit-b'; expected timm/NAME" in capsys.readouterr().err
+    )

@@ -35,9 +35,10 @@ class BenchConfig(Command):
     }
     positional = "what"
 
-    what: Literal["step", "data", "diagnose", "landscape"] = Field(
+    what: Literal["step", "data", "load", "diagnose", "landscape"] = Field(
         description="what to time: step (of a distillation, beside the official code's), data "
-        "(loading, likewise), diagnose (attention beside a plain forward pass) or landscape (its "
+        "(reading images, likewise), load (start-up beside importing torch and timm, files beside "
+        "loading them plainly), diagnose (attention beside a plain forward pass) or landscape (its "
         "points beside plain evaluations)"
     )
     data: str | None = Field(
@@ -57,7 +58,7 @@ class BenchConfig(Command):
     )
     model: str = Field(
         "timm/vit_base_patch16_224",
-        description="diagnose, landscape: model, with random weights",
+        description="diagnose, landscape, load: model, with random weights",
     )
     image_size: Positive | None = Field(
         None, description="side in pixels; the model's own, or 224 for data"

@@ -10,7 +10,13 @@ from featdistill.engine.runtime import limit_threads
 from featdistill.engine.tracking import say
 from featdistill.tasks.bench.common import Outcome
 
-_HOMES = {"step": "step", "data": "data", "diagnose": "attention", "landscape": "landscape"}
+_HOMES = {
+    "step": "step",
+    "data": "data",
+    "load": "load",
+    "diagnose": "attention",
+    "landscape": "landscape",
+}
 
 
 def run(config: BenchConfig) -> Outcome:

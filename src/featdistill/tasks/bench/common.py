@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -57,12 +59,30 @@ def take_turns(
         warm: rounds before, which are not counted.
         clock: seconds, of which the differences count.
     """
+    timed = {name: partial(seconds_of, work, device, clock) for name, work in works.items()}
+    return in_turn(timed, rounds=rounds, warm=warm)
+
+
+def in_turn(
+    works: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int,
+    warm: int = 1,
+    told: Callable[[int], object] = lambda _: None,
+) -> dict[str, Times]:
+    """The same of works that time themselves: each returns its seconds.
+
+    Args:
+        told: is given the number of works done so far, those of warm rounds too.
+    """
     taken: dict[str, list[float]] = {name: [] for name in works}
+    done = itertools.count(1)
     for number in range(-warm, rounds):
         for name, work in works.items():
-            seconds = seconds_of(work, device, clock)
+            seconds = work()
             if number >= 0:
                 taken[name].append(seconds)
+            told(next(done))
     return {name: Times(tuple(values)) for name, values in taken.items()}
 
 
