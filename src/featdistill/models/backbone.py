@@ -180,6 +180,34 @@ class Backbone(nn.Module):
         self.num_prefix = len(seen.prefix_names)
         self.patch = round(image_size[0] / self.grid[0])
 
+    def around(
+        self,
+        module: nn.Module,
+        *,
+        build: TimmBuild | None,
+        class_names: tuple[str, ...] | None,
+        layout: Layout | None = None,
+        projection: bool | None = None,
+    ) -> Backbone:
+        """The same contract around another module, for the same images and from the same origin.
+
+        Args:
+            layout: of its tokens, if the module itself does not show it.
+        """
+        mean, std = self.rgb
+        return Backbone(
+            module,
+            mean=mean,
+            std=std,
+            image_size=self.image_size,
+            origin=self.origin,
+            build=build,
+            class_names=class_names,
+            fixed_size=self.fixed_size,
+            layout=layout,
+            projection=projection,
+        )
+
     @torch.no_grad()
     def _probe(self) -> Features:
         """Features of one black image, to learn shapes from."""

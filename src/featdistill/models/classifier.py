@@ -76,17 +76,7 @@ def build_classifier(
         if backbone.build is None or not plain:
             return _headed(backbone, class_names, pool, drop_path)
         new, build = _rebuild(backbone, len(class_names), pool, drop_path)
-    mean, std = backbone.rgb
-    return Backbone(
-        new,
-        mean=mean,
-        std=std,
-        image_size=backbone.image_size,
-        origin=backbone.origin,
-        build=build,
-        class_names=class_names,
-        fixed_size=backbone.fixed_size,
-    )
+    return backbone.around(new, build=build, class_names=class_names)
 
 
 def keeps_head(backbone: Backbone, class_names: tuple[str, ...], head: HeadName) -> bool:
@@ -120,17 +110,7 @@ def _kept(backbone: Backbone, class_names: tuple[str, ...], drop_path: float) ->
     rate = drop_path_argument(build.architecture, drop_path)
     new = create(build.architecture, **build.arguments, **rate)
     load_exactly(new, dict(backbone.model.state_dict()), what=backbone.origin.spec)
-    mean, std = backbone.rgb
-    return Backbone(
-        new,
-        mean=mean,
-        std=std,
-        image_size=backbone.image_size,
-        origin=backbone.origin,
-        build=build,
-        class_names=class_names,
-        fixed_size=backbone.fixed_size,
-    )
+    return backbone.around(new, build=build, class_names=class_names)
 
 
 def _rebuild(
@@ -217,14 +197,4 @@ def _headed(
         body.layout = layout_of(body.model)
     model = _Headed(body, len(class_names), pool)
     _shrink_head(model)
-    mean, std = backbone.rgb
-    return Backbone(
-        model,
-        mean=mean,
-        std=std,
-        image_size=backbone.image_size,
-        origin=backbone.origin,
-        class_names=class_names,
-        fixed_size=backbone.fixed_size,
-        layout=body.layout,
-    )
+    return backbone.around(model, build=None, class_names=class_names, layout=body.layout)

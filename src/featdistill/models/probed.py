@@ -112,14 +112,4 @@ def _assembled(
     body = {name: value for name, value in state.items() if not name.startswith(prefix)}
     body |= {f"{prefix}weight": weight, f"{prefix}bias": bias}
     load_exactly(new, body, what=backbone.origin.spec)
-    mean, std = backbone.rgb
-    return Backbone(
-        new,
-        mean=mean,
-        std=std,
-        image_size=backbone.image_size,
-        origin=backbone.origin,
-        build=build,
-        class_names=class_names,
-        fixed_size=backbone.fixed_size,
-    ).eval()
+    return backbone.around(new, build=build, class_names=class_names).eval()

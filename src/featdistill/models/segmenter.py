@@ -234,17 +234,8 @@ def _rebuilt(backbone: Backbone, drop_path: float) -> Backbone:
         build.architecture, **arguments, **drop_path_argument(build.architecture, drop_path)
     )
     load_exactly(model, state, what=backbone.origin.spec)
-    mean, std = backbone.rgb
-    return Backbone(
-        model,
-        mean=mean,
-        std=std,
-        image_size=backbone.image_size,
-        origin=backbone.origin,
-        build=build,
-        class_names=backbone.class_names,
-        fixed_size=backbone.fixed_size,
-        projection=backbone.projection,
+    return backbone.around(
+        model, build=build, class_names=backbone.class_names, projection=backbone.projection
     )
 
 
