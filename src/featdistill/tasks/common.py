@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,12 +108,7 @@ def naming_problems(
     models: Sequence[str], *, names: Sequence[str], weights: Sequence[str]
 ) -> list[str]:
     """What is wrong with the names and weights that several models are given, a line each."""
-    count, problems = len(models), []
-    if len(weights) not in (1, count):
-        problems.append(
-            f"--weights given {len(weights)} times for {count} models; expected once, or once for "
-            "each"
-        )
+    count, problems = len(models), weights_problems(models, weights)
     if names and len(names) != count:
         problems.append(
             f"--name given {len(names)} times for {count} models; expected once for each"
@@ -121,6 +117,16 @@ def naming_problems(
     if len(set(called)) < len(called):
         problems.append("two models have the same name; give each its own with --name")
     return problems
+
+
+def weights_problems(models: Sequence[str], weights: Sequence[str]) -> list[str]:
+    """What is wrong with the number of weights that several models are given."""
+    if len(weights) in (1, len(models)):
+        return []
+    return [
+        f"--weights given {len(weights)} times for {len(models)} models; expected once, or once "
+        "for each"
+    ]
 
 
 def refuse_labels(config: DataConfig) -> None:
@@ -181,6 +187,18 @@ def plan_of(
     config: Any, source: Source, view: View | JointView, schedule: Schedule, *, title: str
 ) -> Plan:
     """The loop's plan from a command's `data`, `optimizer`, `schedule` and `run` sections."""
+    return replace(
+        plain_plan_of(config, source, view, schedule, title=title),
+        clip=config.optimizer.clip,
+        micro_batches=config.run.micro_batches,
+        stop_at=config.schedule.stop_at,
+    )
+
+
+def plain_plan_of(
+    config: Any, source: Source, view: View | JointView, schedule: Schedule, *, title: str
+) -> Plan:
+    """The same without clipping, micro-batches or an early end, from `data` and `run` alone."""
     run: RunConfig = config.run
     return Plan(
         source=source,
@@ -188,14 +206,11 @@ def plan_of(
         batch_size=config.data.batch_size,
         schedule=schedule,
         seed=run.seed,
-        clip=config.optimizer.clip,
-        micro_batches=run.micro_batches,
         workers=config.data.workers,
         log_every=run.log_every,
         checkpoint_every=run.checkpoint_every,
         checkpoint_keep=run.checkpoint_keep,
         eval_every=run.eval_every,
-        stop_at=config.schedule.stop_at,
         bad_image_limit=config.data.tolerated,
         nonfinite=run.nonfinite,
         nonfinite_limit=run.nonfinite_limit,

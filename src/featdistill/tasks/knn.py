@@ -19,7 +19,7 @@ from featdistill.engine.tracking import say
 from featdistill.evaluation.features import extract
 from featdistill.evaluation.knn import knn
 from featdistill.models.backbone import Backbone
-from featdistill.tasks.common import data_of, model_of, plain
+from featdistill.tasks.common import data_of, model_of, plain, weights_problems
 from featdistill.tasks.finetune import check_labels
 
 
@@ -75,34 +75,23 @@ def knn_of(
 
 def run(config: KnnCommandConfig) -> KnnResult:
     """Score each model."""
-    if len(config.weights) not in (1, len(config.models)):
-        raise ConfigError(
-            [
-                f"--weights given {len(config.weights)} times for {len(config.models)} models; "
-                "expected once, or once for each"
-            ]
-        )
+    names = _names(config)
     if config.run.out is not None:
         check_out(config.run.out, resume=False)
     limit_threads()
     data = data_of(config.data, config.run.seed)
     train, held, _ = check_labels(data, budget=config.data.labels, seed=config.run.seed, what="kNN")
     device = pick_device(config.run.device)
-    weights = config.weights * (len(config.models) if len(config.weights) == 1 else 1)
     models = [
         model_of(
             ModelConfig(spec=spec, weights=w),
             image_size=config.view.image_size,
             seed=config.run.seed,
         )
-        for spec, w in zip(config.models, weights, strict=True)
+        for spec, w in zip(config.models, _weights(config), strict=True)
     ]
     say(f"{len(train):,} labelled images vote on {len(held):,}")
     found: dict[str, dict[int, float]] = {}
-    twice = len(set(config.models)) < len(config.models)
-    names = [f"{s} ({w})" if twice else s for s, w in zip(config.models, weights, strict=True)]
-    if len(set(names)) < len(names):
-        raise ConfigError(["the same model with the same weights is given twice"])
     for spec, backbone in zip(names, models, strict=True):
         backbone.to(device)
         found[spec] = knn_of(
@@ -127,3 +116,24 @@ def run(config: KnnCommandConfig) -> KnnResult:
             results={"top1": found, "models": origins, "bank": len(train), "queries": len(held)},
         )
     return KnnResult(found, record)
+
+
+def _weights(config: KnnCommandConfig) -> tuple[str, ...]:
+    """One for each model."""
+    return config.weights * (len(config.models) if len(config.weights) == 1 else 1)
+
+
+def _names(config: KnnCommandConfig) -> list[str]:
+    """What the models are called; their weights are said where the same model comes twice.
+
+    Raises:
+        ConfigError: weights that are too few or too many, or the same model twice.
+    """
+    if problems := weights_problems(config.models, config.weights):
+        raise ConfigError(problems)
+    twice = len(set(config.models)) < len(config.models)
+    pairs = zip(config.models, _weights(config), strict=True)
+    names = [f"{spec} ({weights})" if twice else spec for spec, weights in pairs]
+    if len(set(names)) < len(names):
+        raise ConfigError(["the same model with the same weights is given twice"])
+    return names

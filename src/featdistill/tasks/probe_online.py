@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from featdistill.models.backbone import Backbone
 from featdistill.models.modes import evaluating
 from featdistill.models.pooling import Vector, vector_of
 from featdistill.objectives.probing import LinearProbe
-from featdistill.tasks.common import schedule_of
+from featdistill.tasks.common import plain_plan_of, schedule_of
 from featdistill.tasks.probe_record import ModelProbe, SeedProbe, read_fit, write_fit
 
 _EPOCHS = 90  # MAE's and MoCo v3's
@@ -154,7 +154,7 @@ class _OnlineFit:
         return {"val_top1": latest.top1, "val_top5": latest.top5, "val_loss": latest.loss}
 
     def _plan(self, source: Source, backbone: Backbone, schedule: Schedule) -> Plan:
-        config, run, view = self.config, self.config.run, self.config.view
+        config, view = self.config, self.config.view
         cut = FinetuneView(
             size=backbone.image_size[0],
             scale=view.crop_scale,
@@ -163,23 +163,8 @@ class _OnlineFit:
             randaugment=None,
             mean=backbone.rgb[0],
         )
-        return Plan(
-            source=source,
-            view=cut,
-            batch_size=config.data.batch_size,
-            schedule=schedule,
-            seed=self.seed,
-            workers=config.data.workers,
-            log_every=run.log_every,
-            checkpoint_every=run.checkpoint_every,
-            checkpoint_keep=run.checkpoint_keep,
-            eval_every=run.eval_every,
-            bad_image_limit=config.data.tolerated,
-            nonfinite=run.nonfinite,
-            nonfinite_limit=run.nonfinite_limit,
-            tensorboard=run.tensorboard,
-            title=self.title,
-        )
+        plan = plain_plan_of(config, source, cut, schedule, title=self.title)
+        return replace(plan, seed=self.seed)
 
 
 def _optimizer(objective: LinearProbe, online: OnlineConfig) -> torch.optim.Optimizer:
