@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featdistill.core.errors import ModelError
 from featdistill.models.checkpoints import load as loading
+from featdistill.models.checkpoints import recognised
 from tests.models.formats.parity import CASES, Case
 from tests.models.formats.test_parity import write
 
@@ -102,9 +103,9 @@ class Reader:
     def __init__(self, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.case = Case.read(name)
         self.path = write(self.case, folder)
-        self.tree = loading.read_tree(self.path)
+        self.tree = recognised.read_tree(self.path)
         self.now: dict[str, Any] = self.tree
-        monkeypatch.setattr(loading, "read_tree", lambda _: self.now)
+        monkeypatch.setattr(recognised, "read_tree", lambda _: self.now)
         whole = loading.load_checkpoint(self.path)
         prefix = whole.report.path.rpartition("/")[2]
         left_out = {

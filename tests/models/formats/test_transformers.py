@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from featdistill.core.errors import ModelError
 from featdistill.models.backbone import Backbone
 from featdistill.models.checkpoints import load as loading
+from featdistill.models.checkpoints import recognised
 from featdistill.models.export import export
 from featdistill.models.load import load_backbone
 from tests.models.formats.test_strictness import CHANGES
@@ -176,7 +177,7 @@ def check_every_change(
 ) -> None:
     """Whatever happens to a tensor is an error that names it; of numbered ones, to `some`."""
     path = folder / "model.safetensors"
-    tree = loading.read_tree(path)
+    tree = recognised.read_tree(path)
     left_out = loading.load_checkpoint(path).report.left_out
     gone = {name for names in left_out.values() for name in names}
     single = [key for key in tree if key not in gone and not any(c.isdigit() for c in key)]
@@ -186,7 +187,7 @@ def check_every_change(
         for how, change in CHANGES.items():
             changed = dict(tree)
             change(changed, key)
-            monkeypatch.setattr(loading, "read_tree", lambda _, changed=changed: changed)
+            monkeypatch.setattr(recognised, "read_tree", lambda _, changed=changed: changed)
             with pytest.raises(ModelError) as caught:
                 loading.load_checkpoint(path)
             assert key in str(caught.value), (key, how)

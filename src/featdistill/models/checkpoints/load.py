@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,15 +17,17 @@ from featdistill.core.errors import ModelError
 from featdistill.models.backbone import LoadReport, Rgb, TimmBuild
 from featdistill.models.checkpoints import transformers
 from featdistill.models.checkpoints.by_timm import fill_by_timm
-from featdistill.models.checkpoints.clip import CLIP
 from featdistill.models.checkpoints.families import Plan
-from featdistill.models.checkpoints.files import read_tree
-from featdistill.models.checkpoints.formats import recognise
-from featdistill.models.checkpoints.settings import settings_beside
+from featdistill.models.checkpoints.recognised import (
+    Recognised,
+    file_words,
+    misfit,
+    no_format,
+    recognised,
+    report_of,
+)
 from featdistill.models.checkpoints.sizes import classes_of
-from featdistill.models.checkpoints.spec import Format
-from featdistill.models.checkpoints.tables import Converted, any_matches, convert, names_before
-from featdistill.models.checkpoints.unwrap import Unwrapped, branch_option, prefixes_of, unwrap
+from featdistill.models.checkpoints.tables import any_matches
 from featdistill.models.timm_models import (
     accepts,
     check_name,
@@ -61,21 +62,6 @@ class FromFile:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """A checkpoint that was read and, if its format is known, converted."""
-
-    path: Path
-    unwrapped: Unwrapped
-    settings: Mapping[str, Any]
-    format: Format | None
-    converted: Converted
-
-    def without_format(self) -> _Read:
-        """The same for timm's own conversion."""
-        return replace(self, format=None, converted=Converted(self.unwrapped.tensors))
-
-
-@dataclass(frozen=True)
 class _Facts:
     """What a model needs that its tensors do not show."""
 
@@ -100,10 +86,10 @@ def load_checkpoint(
     Raises:
         ModelError: unreadable, unknown, or not exactly this model's tensors.
     """
-    read = _read(path, branch)
+    read = recognised(path, branch)
     if arch is None:
         if read.format is None:
-            raise _unknown(read)
+            raise no_format(read)
         return _load(read, None, drop_path)
     check_name(arch)
     if _timm_reads_better(read, arch):
@@ -118,28 +104,7 @@ def load_checkpoint(
     return _load(read, arch, drop_path)
 
 
-def _read(path: Path, branch: str | None) -> _Read:
-    unwrapped = unwrap(read_tree(path), branch, path)
-    settings = settings_beside(path)
-    format_ = recognise(unwrapped) or _of_transformers(path, settings)
-    if "transformers" not in settings and not _is_tower(unwrapped, format_):
-        settings = {}  # an open_clip_config.json says nothing of the other files in its folder
-    rules = format_.rules if format_ else ()
-    converted = convert(unwrapped.tensors, rules) if format_ else Converted(unwrapped.tensors)
-    return _Read(path, unwrapped, settings, format_, converted)
-
-
-def _is_tower(unwrapped: Unwrapped, format_: Format | None) -> bool:
-    """Whether a model is the image tower of a language model, or was."""
-    parts = ("norm_pre.", "attn_pool.", "trunk.norm_pre.", "trunk.attn_pool.")
-    return (
-        format_ is CLIP
-        or unwrapped.path.endswith("visual.trunk.")
-        or any(name.startswith(parts) for name in unwrapped.tensors)
-    )
-
-
-def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
+def _load(read: Recognised, arch: str | None, drop_path: float) -> FromFile:
     """The model that the tensors show (or that is named), filled, with its account."""
     format_ = read.format
     if format_ is None:
@@ -161,7 +126,7 @@ def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
                 else format_.plan(tensors, facts.arguments)
             )
         except ModelError as error:
-            raise _misfit(read, error.given, expected=error.expected, fix=error.fix) from None
+            raise misfit(read, error.given, expected=error.expected, fix=error.fix) from None
         with Unfilled():
             model = _create(plan, drop_path)
         _fill(read, model, tensors)
@@ -174,7 +139,7 @@ def _load(read: _Read, arch: str | None, drop_path: float) -> FromFile:
         plan.image_size,
         facts.mean,
         facts.std,
-        _report(read, title, (*plan.assumed, *facts.assumed)),
+        report_of(read, title, (*plan.assumed, *facts.assumed)),
         projection=True if trunk else None,
         class_names=transformers.class_names_of(read.settings.get("transformers", {}), classes),
     )
@@ -185,14 +150,14 @@ def _create(plan: Plan, drop_path: float) -> nn.Module:
     return create(plan.build.architecture, **plan.build.arguments, **rate)
 
 
-def _check_required(read: _Read) -> None:
+def _check_required(read: Recognised) -> None:
     assert read.format is not None
     lost = [p for p in read.format.required if not any_matches(p, read.unwrapped.tensors)]
     if lost:
-        raise _misfit(read, f"{len(lost)} missing ({', '.join(lost)})")
+        raise misfit(read, f"{len(lost)} missing ({', '.join(lost)})")
 
 
-def _check_numbers(read: _Read) -> None:
+def _check_numbers(read: Recognised) -> None:
     """Before anything is concluded from them."""
     beside = {name for names in read.converted.left_out.values() for name in names}
     beside |= {read.converted.came_from[name] for name in read.converted.buffers}
@@ -201,10 +166,10 @@ def _check_numbers(read: _Read) -> None:
     if read.converted.unequal:
         faults["of another shape"] = list(read.converted.unequal)
     if faults:
-        raise _misfit(read, listed(faults), fix=likely_cause(faults), translate=False)
+        raise misfit(read, listed(faults), fix=likely_cause(faults), translate=False)
 
 
-def _facts(read: _Read, arch: str | None) -> _Facts:
+def _facts(read: Recognised, arch: str | None) -> _Facts:
     """Arguments and normalisation: of the settings beside the file, of a named tag, of the format.
 
     Raises:
@@ -245,7 +210,7 @@ def _shell(arch: str) -> nn.Module:
         return timm.create_model(arch.partition(".")[0])
 
 
-def _timm_reads_better(read: _Read, arch: str) -> bool:
+def _timm_reads_better(read: Recognised, arch: str) -> bool:
     """Whether a named architecture is of another family than the keys show, or has more parts."""
     if read.format is None or not isinstance(_shell(arch), read.format.kind):
         return True
@@ -253,7 +218,7 @@ def _timm_reads_better(read: _Read, arch: str) -> bool:
     return bool(strangers) and strangers <= _shell(arch).state_dict().keys()
 
 
-def _is_whole(read: _Read) -> bool:
+def _is_whole(read: Recognised) -> bool:
     """Whether a file is what its keys show, to the last tensor."""
     try:
         _load(read, None, 0.0)
@@ -262,7 +227,7 @@ def _is_whole(read: _Read) -> bool:
     return True
 
 
-def _other_family(read: _Read, arch: str) -> ModelError:
+def _other_family(read: Recognised, arch: str) -> ModelError:
     assert read.format is not None
     return ModelError(
         f"'{read.path}' holds a {read.format.title}, and timm's '{arch.partition('.')[0]}' is a "
@@ -271,19 +236,7 @@ def _other_family(read: _Read, arch: str) -> ModelError:
     )
 
 
-def _of_transformers(path: Path, settings: Mapping[str, Any]) -> Format | None:
-    """The format that a `config.json` of the transformers library beside the file names."""
-    if "transformers" not in settings:
-        return None
-    try:
-        return transformers.format_beside(settings["transformers"])
-    except ModelError as error:
-        raise ModelError(
-            f"'{path}': {error.given}", expected=error.expected, fix=error.fix
-        ) from None
-
-
-def _plan_by_name(read: _Read, arch: str, tensors: Mapping[str, Tensor]) -> Plan:
+def _plan_by_name(read: Recognised, arch: str, tensors: Mapping[str, Tensor]) -> Plan:
     """The named architecture's own arguments, but for classes and the size of its positions."""
     architecture, config = arch.partition(".")[0], _timm_config(arch)
     first = config["classifier"]
@@ -298,10 +251,10 @@ def _plan_by_name(read: _Read, arch: str, tensors: Mapping[str, Tensor]) -> Plan
     return Plan(TimmBuild(architecture, arguments), size)
 
 
-def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _fill(read: Recognised, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load the tensors, and compare the buffers that the model computes itself."""
     assert read.format is not None
-    words = _file_words(read)
+    words = file_words(read)
     converted = read.converted
     load_exactly(
         model,
@@ -321,7 +274,7 @@ def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             or not torch.allclose(mine.double(), value.double(), *_closeness(value))
         ):
             shape = "no such tensor" if mine is None else f"{tuple(mine.shape)}"
-            raise _misfit(
+            raise misfit(
                 read,
                 f"1 other than the model computes ({converted.came_from[name]} "
                 f"{tuple(value.shape)}, computed: {shape})",
@@ -331,90 +284,3 @@ def _fill(read: _Read, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _closeness(value: Tensor) -> tuple[float, float]:
     """How near a buffer of a file has to be, relative and absolute: half precision rounds it."""
     return (1e-2, 1e-2) if value.dtype in (torch.float16, torch.bfloat16) else (1e-5, 1e-4)
-
-
-def _file_words(read: _Read) -> Callable[[str], str]:
-    """timm's names as the file has them."""
-    came_from = read.converted.came_from
-    rules = read.format.rules if read.format else ()
-
-    def say(name: str) -> str:
-        if read.format:
-            name = read.format.unfinish(name, read.converted.tensors)
-        return came_from.get(name) or names_before(name, rules, read.unwrapped.tensors)
-
-    return say
-
-
-def _misfit(
-    read: _Read,
-    what: str,
-    *,
-    expected: str | None = None,
-    fix: str | None = None,
-    translate: bool = True,
-) -> ModelError:
-    """An error about the tensors, in the file's own names (`translate`: from timm's)."""
-    assert read.format is not None
-    say = _file_words(read)
-
-    def words(text: str) -> str:
-        if not translate:
-            return text
-        return re.sub(r"[a-z_]+(?:\.\w+)+|pos_embed|\w+_token", lambda m: say(m[0]), text)
-
-    return ModelError(
-        f"'{read.path}' does not fit ({read.format.title}): {words(what)}",
-        expected=words(expected) if expected else None,
-        fix=fix
-        or "is the file whole, and as its project saved it? If it is of another "
-        "architecture of timm's, name that beside the file: timm/NAME",
-    )
-
-
-def _unknown(read: _Read) -> ModelError:
-    names = list(read.unwrapped.tensors)
-    if transformers.looks_like(read.unwrapped.tensors):
-        return ModelError(
-            f"'{read.path}' is a file of the transformers library without its config.json, which "
-            "says what tensors do not show (heads, activation, image size)",
-            fix="put config.json and preprocessor_config.json beside it",
-        )
-    if any(name.startswith("visual.layer1.") for name in names):
-        return ModelError(
-            f"'{read.path}' is a CLIP with a ResNet as its image tower, which is not known here",
-            fix="use timm/resnet50_clip.openai or its relatives, or a ViT",
-        )
-    if inside := prefixes_of(read.unwrapped.tensors):
-        return ModelError(
-            f"the model in '{read.path}' has names that begin with {' or '.join(inside)}",
-            fix=f"say which to take: {branch_option(inside[0])}",
-        )
-    return ModelError(
-        f"the keys of '{read.path}' are of no known format ({', '.join(names[:3])}, ...)",
-        expected="DINO, iBOT, DeiT, MAE, DINOv2, BEiT, CLIP, Swin, EsViT, Swin V2, feature "
-        "distillation's own, or timm's",
-        fix="if timm has the architecture, name it beside the file: timm/NAME with the file as "
-        "its weights",
-    )
-
-
-def _report(read: _Read, title: str, assumed: tuple[str, ...]) -> LoadReport:
-    left_out: dict[str, tuple[str, ...]] = {}
-    for source in (read.unwrapped.left_out, read.converted.left_out):
-        for reason, names in source.items():
-            left_out[reason] = (*left_out.get(reason, ()), *names)
-    if read.converted.buffers:
-        left_out["buffers, equal to what the model computes"] = tuple(
-            read.converted.came_from[n] for n in read.converted.buffers
-        )
-    return LoadReport(
-        title=title,
-        path=read.unwrapped.path,
-        total=read.unwrapped.total,
-        renamed=read.converted.renamed,
-        left_out=left_out,
-        assumed=assumed,
-        also=read.unwrapped.also,
-        pads_first=read.format is not None and read.format.pads_first,
-    )
