@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,28 +19,50 @@ import torch
 from featdistill.core import records
 from featdistill.engine import checkpoint
 from featdistill.engine.checkpoint import Checkpoints
-from tests.faults.harness import CONTEXT, Victim, digest, finish, said
-from tests.faults.victim import session
+from featdistill.engine.writer import Writer
+from tests.faults.harness import (
+    CONTEXT,
+    PATIENCE,
+    Victim,
+    consumed,
+    digest,
+    finish,
+    said,
+)
+from tests.faults.victim import run, session
 
 # every call by which a run changes what is on the disk, other than through an open file
 CALLS = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
 
 
 def count_calls(folder: Path, options: dict[str, Any]) -> None:
-    """A session that writes down how many calls it made, or is killed around the k-th."""
+    """A session that writes down how many calls it made, or is killed around the k-th.
+
+    With `ahead`, a kill in a write comes only when the loop is as far as it gets meanwhile.
+    """
     kill_at, after = options.pop("kill_at", None), options.pop("after", False)
+    if options.pop("ahead", False):
+        catch_up = loop_ahead(folder)
+    else:
+
+        def catch_up() -> None:
+            pass
+
     made = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **more: Any) -> Any:
             nonlocal made
             made += 1
-            if made == kill_at and not after:
+            mine = made
+            if mine == kill_at and not after:
+                catch_up()
                 os.kill(os.getpid(), signal.SIGKILL)
             try:
                 return real(*arguments, **more)
             finally:  # some are tried in vain, a folder that is there already is made again
-                if made == kill_at and after:
+                if mine == kill_at and after:
+                    catch_up()
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return call
@@ -49,6 +73,27 @@ def count_calls(folder: Path, options: dict[str, Any]) -> None:
     checkpoint.save_file = counted(checkpoint.save_file)  # type: ignore[attr-defined]
     session(folder, options)
     (folder / "calls").write_text(str(made))
+
+
+def loop_ahead(folder: Path) -> Callable[[], None]:
+    """What waits, in a write's thread, until the loop stands at the next step to be saved."""
+    step, real = 0, Writer.room_for
+
+    def room_for(self: Writer, number: int) -> None:
+        nonlocal step
+        real(self, number)
+        step = number
+
+    def catch_up() -> None:
+        if threading.current_thread() is threading.main_thread():
+            return
+        until = time.monotonic() + PATIENCE
+        while consumed(folder) < (step // 3 + 1) * 3:
+            assert time.monotonic() < until, "the loop waits for the write"
+            time.sleep(0.0005)
+
+    Writer.room_for = room_for  # type: ignore[method-assign]
+    return catch_up
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +121,17 @@ def survives(folder: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_around_every_call(
-    after: bool, stopped: Path, calls: int, undisturbed: Path, tmp_path: Path
+    after: bool, ahead: bool, stopped: Path, calls: int, undisturbed: Path, tmp_path: Path
 ) -> None:
+    """While the loop stands wherever it is, and where it has gone on as far as it may."""
     assert calls > 25, "a save alone makes more"
+    where: dict[str, Any] = {"ahead": True} if ahead else {"stop_at": 9}
     for k in range(1, calls + 1):
         folder = Path(shutil.copytree(stopped, tmp_path / str(k)))
-        victim = Victim(folder, target=count_calls, resume=True, stop_at=9, kill_at=k, after=after)
+        victim = Victim(folder, target=count_calls, resume=True, kill_at=k, after=after, **where)
         assert victim.end() == -signal.SIGKILL, f"call {k}"
         survives(folder)
         finish(folder, resume=True)
@@ -100,7 +148,7 @@ def test_a_kill_around_some_calls(
 ) -> None:
     for k in (2, calls // 2, calls - 1):
         folder = Path(shutil.copytree(stopped, tmp_path / str(k)))
-        options: dict[str, Any] = {"resume": True, "stop_at": 9, "kill_at": k}
+        options: dict[str, Any] = {"resume": True, "ahead": True, "kill_at": k}
         assert Victim(folder, target=count_calls, **options).end() == -signal.SIGKILL
         survives(folder)
         finish(folder, resume=True)
@@ -187,3 +235,45 @@ def test_a_disk_that_keeps_other_bytes_is_found_out_before_anything_goes(
         store.save(2, {"model": {"w": torch.ones(3)}}, {})
     assert store.steps() == [1]
     assert store.latest() is not None
+
+
+def test_a_checkpoint_has_its_name_only_once_all_of_it_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files, folder and metrics are synced, then comes the rename, then what is old goes."""
+    events: list[tuple[str, str]] = []
+    begun = 0  # events before this checkpoint's
+    fsync, rename = os.fsync, os.rename
+
+    def synced(handle: int) -> None:
+        events.append(("sync", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(old: Path, new: Path) -> None:
+        nonlocal begun
+        rename(old, new)
+        events.append(("rename", str(new)))
+        if Path(new).name.startswith("step-"):
+            due = [file.name for file in Path(new).iterdir()]
+            before = [Path(p) for kind, p in events[begun:] if kind == "sync"]
+            # (the manifest is synced under the name that it is written by)
+            there = {p.name for p in before if p.parent == Path(old)}
+            assert all(any(name in seen for seen in there) for name in due), due
+            assert Path(old) in before
+            if Path(new).parent.name == "checkpoints":
+                assert tmp_path / "metrics.jsonl" in before
+                begun = len(events)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    run(tmp_path, resume=False, stop_at=12)
+    ours = [(kind, Path(p)) for kind, p in events if Path(p).parent.name == "checkpoints"]
+    names = [p.name for kind, p in ours if kind == "rename"]
+    assert names == [
+        *("step-00000003", "step-00000006", "step-00000009", ".deleted-step-00000003"),
+        *("step-00000012", ".deleted-step-00000006"),
+    ]
+    for old, new in ((3, 9), (6, 12)):
+        deleted = events.index(("rename", str(tmp_path / f"checkpoints/.deleted-step-{old:08d}")))
+        came = events.index(("rename", str(tmp_path / f"checkpoints/step-{new:08d}")))
+        assert ("sync", str(tmp_path / "checkpoints")) in events[came:deleted]

@@ -64,9 +64,12 @@ def test_one_signal(
         tmp_path, target=signalled, resume=False, place=place, numbers=[number], workers=workers
     )
     assert victim.end() == 128 + number
-    steps = {"forward": 2, "saving": 4, "evaluation": 14}  # what is told while saving is read later
-    assert newest(tmp_path).step == len(rows_of(tmp_path)) == steps[place]
-    assert f"stopped at step {steps[place]} of {STEPS}; the state is saved" in said(tmp_path)
+    # while step 3 is saved the loop goes on, to step 6 at most; what comes then is read at step 7
+    steps = {"forward": {2}, "saving": {4, 5, 6, 7}, "evaluation": {14}}
+    stopped = len(rows_of(tmp_path))
+    assert stopped in steps[place]
+    assert newest(tmp_path).step == stopped, "what was asked for in a write is saved too"
+    assert f"stopped at step {stopped} of {STEPS}; the state is saved" in said(tmp_path)
     finish(tmp_path, resume=True, workers=workers)
     assert digest(tmp_path) == digest(undisturbed)
     assert rows_of(tmp_path) == rows_of(undisturbed), "no step was done twice"
@@ -78,10 +81,11 @@ def test_a_second_ctrl_c_ends_at_once(place: str, undisturbed: Path, tmp_path: P
         tmp_path, target=signalled, resume=False, place=place, numbers=[signal.SIGINT] * 2
     )
     assert victim.end() == 130
-    ended = {"forward": 1, "saving": 3, "evaluation": 14}[place]
-    assert len(rows_of(tmp_path)) == ended
+    ended = {"forward": {1}, "saving": {3, 4, 5, 6}, "evaluation": {14}}[place]
+    assert len(rows_of(tmp_path)) in ended
     steps = Checkpoints(tmp_path / "checkpoints").steps()
-    assert steps == ([9, 12] if place == "evaluation" else []), "nothing more was saved"
+    saved = {"forward": [[]], "saving": [[], [3]], "evaluation": [[9, 12]]}[place]
+    assert steps in saved, "nothing more was saved than what was being written"
     finish(tmp_path, resume=True)
     assert digest(tmp_path) == digest(undisturbed)
 

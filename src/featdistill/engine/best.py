@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from featdistill.core.errors import RunError
 from featdistill.engine.checkpoint import Checkpoint, Checkpoints, model_state
 from featdistill.engine.tracking import say
+from featdistill.engine.writer import Writer
 
 Mode = Literal["min", "max"]
 
@@ -43,12 +44,16 @@ class Best:
     Args:
         folder: where it is.
         resume: go on from the value there, if it is of the same score; else it is forgotten.
+        writer: writes in the background; None: `offer` itself does.
     """
 
-    def __init__(self, folder: Path, choice: Choice, *, resume: bool) -> None:
-        self.choice = choice
+    def __init__(
+        self, folder: Path, choice: Choice, *, resume: bool, writer: Writer | None = None
+    ) -> None:
+        self.choice, self._writer = choice, writer
         self.value = math.inf if choice.mode == "min" else -math.inf
-        self._store = Checkpoints(folder, keep=1_000_000)  # the others go by `_drop`, not by age
+        # the others go by `_keep`, not by age
+        self._store = Checkpoints(folder, keep=1_000_000, writer=writer)
         found = read_best(folder) if resume else None
         if found is not None and found.manifest.get("metric") == choice.metric:
             self.value = float(found.manifest["value"])
@@ -57,18 +62,26 @@ class Best:
         """Keep the objective's state if its score is better than all before; whether it was.
 
         Raises:
-            RunError: the disk refuses; the best before is intact.
+            RunError: the disk refuses; the best before is intact. With a writer, that one says so.
         """
         value = scores.get(self.choice.metric, math.nan)
         if not self.choice.beats(value, self.value):
             return False
-        facts = {"metric": self.choice.metric, "mode": self.choice.mode, "value": value}
-        self._store.save(step, {"model": model_state(objective)}, facts)
+        files = {"model": model_state(objective)}
+        if self._writer is None:
+            self._keep(step, files, value)
+        else:
+            self._writer.add(lambda: self._keep(step, files, value))
         self.value = value
+        return True
+
+    def _keep(self, step: int, files: Mapping[str, Mapping[str, Tensor]], value: float) -> None:
+        """Write a state; the one before goes only then."""
+        facts = {"metric": self.choice.metric, "mode": self.choice.mode, "value": value}
+        self._store.save(step, files, facts)
         for old in self._store.steps():
             if old != step:
                 self._store.delete(old)
-        return True
 
 
 def read_best(folder: Path) -> Checkpoint | None:

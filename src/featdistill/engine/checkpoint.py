@@ -39,6 +39,7 @@ from featdistill.core.parsing import parse_json
 from featdistill.core.records import sync, write_json
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.tracking import say
+from featdistill.engine.writer import Abandoned, Writer
 from featdistill.models.weights import file_hash
 
 FORMAT = 2
@@ -70,10 +71,11 @@ class Checkpoints:
     Args:
         folder: where they are.
         keep: how many of the newest to keep.
+        writer: in whose thread `save` is called, if it is.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int = 2, writer: Writer | None = None) -> None:
+        self.folder, self.keep, self._writer = folder, keep, writer
 
     def save(
         self, step: int, files: Mapping[str, Mapping[str, Tensor]], extra: Mapping[str, Any]
@@ -82,6 +84,7 @@ class Checkpoints:
 
         Raises:
             RunError: the disk refuses, or keeps other bytes; older checkpoints are as they were.
+            Abandoned: the writer is to stop; likewise.
         """
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
@@ -90,6 +93,8 @@ class Checkpoints:
             temporary.mkdir(parents=True)
             checksums = {}
             for name, tensors in files.items():
+                if self._writer is not None:
+                    self._writer.go_on()
                 file = temporary / f"{name}.safetensors"
                 checksums[file.name] = _write(file, tensors)
             write_json(
@@ -105,6 +110,9 @@ class Checkpoints:
             self.sweep()
             for old in self.steps()[: -self.keep]:
                 self.delete(old)
+        except Abandoned:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             with suppress(OSError):
@@ -255,10 +263,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"checkpoint '{path}' is damaged ({error})") from None
 
 
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training on does not change.
+
+    Each has memory of its own: safetensors refuses tensors that share it (tied weights).
+    """
+    return {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()}
+
+
 def model_state(objective: nn.Module) -> dict[str, Tensor]:
-    """The objective's own tensors."""
-    # clones: safetensors refuses tensors that share memory (tied weights)
-    return {k: v.clone() for k, v in objective.state_dict().items()}
+    """A copy of the objective's own tensors."""
+    return copied(objective.state_dict())
 
 
 def training_state(
@@ -266,14 +281,14 @@ def training_state(
     optimizer: torch.optim.Optimizer,
     average: WeightAverage | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Everything that a run needs to go on, as named tensors."""
+    """A copy of everything that a run needs to go on, as named tensors."""
     state = {
         "model": model_state(objective),
         "optimizer": _optimizer_tensors(optimizer),
         "random": _random_tensors(),
     }
     if average is not None:
-        state["average"] = {k: v.clone() for k, v in average.state_dict().items()}
+        state["average"] = copied(average.state_dict())
     return state
 
 
@@ -308,12 +323,14 @@ def _named(optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{part}": value.clone()
-        for name, parameter in _named(optimizer).items()
-        for part, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+    return copied(
+        {
+            f"{name}/{part}": value
+            for name, parameter in _named(optimizer).items()
+            for part, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+    )
 
 
 def _restore_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

@@ -25,7 +25,13 @@ from featdistill.data.views import View
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.batches import check_batch, check_batch_norm
 from featdistill.engine.best import Best, Choice
-from featdistill.engine.checkpoint import Checkpoint, Checkpoints, restore, training_state
+from featdistill.engine.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    copied,
+    restore,
+    training_state,
+)
 from featdistill.engine.cost import CostMeter, Spent
 from featdistill.engine.fingerprint import check_data, fingerprint
 from featdistill.engine.finite import FiniteWatch, NonFinitePolicy, NonFiniteSteps
@@ -38,6 +44,7 @@ from featdistill.engine.signals import StopRequest, requeue, shielded, stop_on_s
 from featdistill.engine.step import TrainingStep
 from featdistill.engine.tracking import Bar, MetricsLog, duration, say
 from featdistill.engine.vote import Vote
+from featdistill.engine.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def fit(
     # a model's own dropout draws from the global generator: it too starts from the seed
     with seeded_globals("fit", plan.seed):
         loop = open_loop(objective, optimizer, plan, runtime, folder, resume, evaluate, average)
-        with closing(loop.metrics), stop_on_signals() as request:
+        with closing(loop.metrics), loop.writer, stop_on_signals() as request:
             return loop.run(request)
 
 
@@ -160,7 +167,8 @@ def open_loop(
     world, parts = runtime.share.world, plan.micro_batches
     check_batch(plan.batch_size, processes=world, micro_batches=parts)
     check_batch_norm(objective, processes=world, micro_batches=parts)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep)
+    writer = Writer()
+    checkpoints = Checkpoints(folder / "checkpoints", keep=plan.checkpoint_keep, writer=writer)
     wrapped, stepper = runtime.prepare(objective, optimizer)
     if average is not None:
         average.start()  # only now are the weights on their device
@@ -204,13 +212,14 @@ def open_loop(
         runtime=runtime,
         metrics=metrics,
         checkpoints=checkpoints,
+        writer=writer,
         cost=CostMeter(runtime.energy_counter(), earlier),
         spent=earlier,
         evaluate=evaluate,
         average=average,
         meter=meter,
         data=data,
-        best=Best(checkpoints.folder / "best", plan.best, resume=resume)
+        best=Best(checkpoints.folder / "best", plan.best, resume=resume, writer=writer)
         if plan.best and runtime.first
         else None,
         bar=Bar(plan.title, quiet=plan.quiet or not runtime.first),
@@ -255,6 +264,7 @@ class _Loop:
     runtime: Runtime
     metrics: MetricsLog
     checkpoints: Checkpoints
+    writer: Writer
     meter: Meter
     data: Mapping[str, Any]  # the source's fingerprint
     cost: CostMeter
@@ -281,7 +291,7 @@ class _Loop:
         """Take a step for each batch that is sent; `engine.together` has several take turns."""
         start, stop = self.start, self.stop
         plan, began = self.plan, time.monotonic()
-        meter, vote = self.meter, Vote(self.runtime, 2)
+        meter, vote = self.meter, Vote(self.runtime, 3)
         every = plan.steps_between_evaluations
         self.bar.start(plan.schedule.steps, start)
         self.objective.train()
@@ -299,7 +309,11 @@ class _Loop:
                     self._log(done, meter, start, began)
                 if self.evaluate and (done % every == 0 or done == plan.schedule.steps):
                     self._evaluate(done, meter)
-                asked, news = vote.cast(request.signal or 0, int(self.ledger.news))
+                asked, news, failed = vote.cast(
+                    request.signal or 0, int(self.ledger.news), int(self.writer.failed)
+                )
+                if failed:
+                    self._written()
                 saving = done % plan.checkpoint_every == 0 or final or asked
                 if news or saving:  # so that what ends a run ends it before it is saved
                     self.ledger.share()
@@ -311,11 +325,17 @@ class _Loop:
         finally:
             self.bar.stop()
         vote.close()
+        self._written()
         assert saved == max(start, stop)
         finished = stop == plan.schedule.steps
         return FitResult(stop, finished, self.spent.seconds, self.last, self.spent.joules)
 
+    def _written(self) -> None:
+        """Wait until all is written, or raise why it is not, on all processes."""
+        self.runtime.first_does(self.writer.wait)
+
     def _stop(self, done: int, asked: int) -> NoReturn:
+        self._written()
         # all wait for the first: a job is put back before any of its processes ends
         if asked == signal.SIGUSR1 and (line := self.runtime.first_does(requeue)):
             say(line)
@@ -380,6 +400,7 @@ class _Loop:
 
     def _evaluate(self, done: int, meter: Meter) -> None:
         assert self.evaluate is not None
+        self.writer.room_for(done)  # for the best state; and no thread is there while it forks
         before = time.monotonic()
         self.objective.eval()
         with torch.no_grad():
@@ -395,11 +416,15 @@ class _Loop:
         spent = self.cost.now()
         self.spent = replace(spent, joules=self.runtime.sum_known(spent.joules))
         meter = self.meter.state(self.runtime)
+        if not self.runtime.first:
+            return
+        self.writer.room_for(done)
+        state = training_state(self.objective, self.optimizer, self.average)
+        files = {**state, "meter": copied(meter)}
+        extra = {"data_images": len(self.plan.source), "data": self.data, **asdict(self.spent)}
 
-        def save() -> None:
+        def write() -> None:
             self.metrics.sync()
-            state = training_state(self.objective, self.optimizer, self.average)
-            extra = {"data_images": len(self.plan.source), "data": self.data, **asdict(self.spent)}
-            self.checkpoints.save(done, {**state, "meter": meter}, extra)
+            self.checkpoints.save(done, files, extra)
 
-        self.runtime.first_does(save)
+        self.writer.add(write)

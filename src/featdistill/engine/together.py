@@ -93,6 +93,8 @@ class _Turn:
             except NonFiniteError as failure:
                 self.failure = failure
                 say(f"'{self.name}' ends here, the others go on: {failure}")
+            # the others may start loading processes, and no thread is to be there while they fork
+            self.loop.writer.settle()
 
 
 def fit_together(learners: Sequence[Learner], *, runtime: Runtime, share: Share) -> Together:
@@ -130,6 +132,7 @@ def _begin(learner: Learner, runtime: Runtime, heard: StopRequest, stack: ExitSt
             learner.evaluate,
         )
     stack.callback(loop.metrics.close)
+    stack.enter_context(loop.writer)
     steps = stack.enter_context(closing(loop.turns(heard)))
     return _Turn(learner.name, loop, generators, steps)
 
