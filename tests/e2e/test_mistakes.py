@@ -222,6 +222,34 @@ def test_resume_of_nothing(capsys: pytest.CaptureFixture[str], out: list[str]) -
     fails(capsys, "distill", *TEACHER, *DIGITS, *out, "--resume", says=("no run to resume",))
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--extend", "steps=9"), ("--extend steps=9", "give --resume too")),
+        (("--resume", "--extend", "9"), ("--extend", "'9'", "epochs=N or steps=N")),
+        (("--resume", "--extend", "steps="), ("--extend", "epochs=N or steps=N")),
+        (("--resume", "--extend", "epoch=9"), ("--extend", "epochs=N or steps=N")),
+        (("--resume", "--extend", "steps=many"), ("'many'", "from --extend", "integer")),
+        (("--resume", "--extend", "epochs=0"), ("'0'", "from --extend", "greater than 0")),
+        (("--resume", "--extend", "steps=9"), ("there is no run to resume",)),
+    ],
+    ids=str,
+)
+def test_what_a_run_cannot_be_extended_to(
+    capsys: pytest.CaptureFixture[str],
+    out: list[str],
+    words: tuple[str, ...],
+    says: tuple[str, ...],
+) -> None:
+    fails(capsys, "distill", *TEACHER, *STUDENT, *DIGITS, *out, *words, says=says)
+    assert not Path(out[1]).exists()
+
+
+def test_what_is_not_extended(capsys: pytest.CaptureFixture[str], out: list[str]) -> None:
+    words = ("--teacher", "a", "--student", "b", *DIGITS, *out, "--resume", "--extend", "steps=9")
+    fails(capsys, "compare", *words, says=("unknown option 'extend'",))
+
+
 def test_cuda_where_there_is_none(
     capsys: pytest.CaptureFixture[str], out: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -114,6 +114,64 @@ def test_keys_that_change_no_weight_may_differ(tmp_path: Path) -> None:
     open_run(str(tmp_path), config(tmp_path, **changed), resume=True)
 
 
+def test_what_changes_no_weight_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    same = config(tmp_path, resume=True, **{"schedule.stop_at": 5})
+    open_run(str(tmp_path), same, resume=True)
+    assert "note" not in capsys.readouterr().err
+    other = config(tmp_path, resume=True, workers=3, **{"run.log_every": 7})
+    open_run(str(tmp_path), other, resume=True)
+    line = capsys.readouterr().err
+    assert "data.workers: None -> 3; run.log_every: 10 -> 7" in line
+    assert "none of which changes a weight" in line
+    assert line.strip() in (tmp_path / "log.txt").read_text()
+
+
+def saved(out: Path, step: int) -> None:
+    (out / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+
+
+def length(out: Path) -> tuple[float | None, int | None, bool, str | None]:
+    values = yaml.safe_load((out / "config.yaml").read_text())
+    plan, run = values["schedule"], values["run"]
+    return plan["epochs"], plan["steps"], run["resume"], run["extend"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("epochs=150", (150, None, False, None)), ("steps=9000", (None, 9000, False, None))],
+)
+def test_an_extended_run_has_its_new_length(
+    given: str, expected: tuple[object, ...], tmp_path: Path
+) -> None:
+    open_run(str(tmp_path), config(tmp_path, epochs=100), resume=False, steps=500)
+    saved(tmp_path, 40)
+    longer = config(tmp_path, epochs=100, resume=True, extend=given)
+    for _ in range(2):  # the same command goes on with it
+        open_run(str(tmp_path), longer, resume=True, steps=750)
+        assert length(tmp_path) == expected
+    # the first command no longer says what is meant
+    with pytest.raises(RunError, match=r"schedule\.epochs: .* -> 100.*with --extend"):
+        open_run(str(tmp_path), config(tmp_path, epochs=100, resume=True), resume=True, steps=500)
+
+
+def test_a_run_is_not_extended_to_before_where_it_is(tmp_path: Path) -> None:
+    open_run(str(tmp_path), config(tmp_path, steps=100), resume=False, steps=100)
+    saved(tmp_path, 40)
+    before = (tmp_path / "config.yaml").read_text()
+    shorter = config(tmp_path, steps=100, resume=True, extend="steps=39")
+    with pytest.raises(RunError, match=r"39 steps, and the run has done 40"):
+        open_run(str(tmp_path), shorter, resume=True, steps=39)
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_an_extension_changes_nothing_else(tmp_path: Path) -> None:
+    open_run(str(tmp_path), config(tmp_path, steps=100), resume=False, steps=100)
+    other = config(tmp_path, steps=100, resume=True, extend="steps=200", seed=3)
+    with pytest.raises(RunError, match=r"run\.seed: 0 -> 3\)"):
+        open_run(str(tmp_path), other, resume=True, steps=200)
+
+
 def test_another_configuration_is_refused_and_listed(tmp_path: Path) -> None:
     open_run(str(tmp_path), config(tmp_path), resume=False)
     other = config(tmp_path, seed=3, **{"batch-size": 8, "run.log_every": 1, "drop-path": 0.2})
@@ -189,10 +247,31 @@ def test_another_machine_is_told_and_not_refused(
     file = tmp_path / "environment.json"
     known = json.loads(file.read_text())
     versions = {**known["versions"], "torch": "1.0"}
-    file.write_text(json.dumps({**known, "threads": 77, "versions": versions}))
+    changed = {"threads": 77, "versions": versions, "cpu_features": ["avx9", "neon"]}
+    changed["kernels"] = {**known["kernels"], "deterministic": True}
+    file.write_text(json.dumps({**known, **changed}))
     open_run(str(tmp_path), config(tmp_path), resume=True)
     line = capsys.readouterr().err
-    for part in ("threads: 77 -> ", "versions.torch: 1.0 -> ", "not to the very same bits"):
+    for part in (
+        "threads: 77 -> ",
+        "versions.torch: 1.0 -> ",
+        "cpu_features.avx9: yes -> None",
+        "kernels.deterministic: True -> False",
+        "not to the very same bits",
+    ):
         assert part in line
     assert part in (tmp_path / "log.txt").read_text()
     assert json.loads(file.read_text())["threads"] != 77
+
+
+def test_an_environment_of_an_earlier_version_lacks_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_run(str(tmp_path), config(tmp_path), resume=False)
+    file = tmp_path / "environment.json"
+    known = json.loads(file.read_text())
+    for name in ("cpu", "cpu_features", "kernels"):
+        del known[name]
+    file.write_text(json.dumps(known))
+    open_run(str(tmp_path), config(tmp_path), resume=True)
+    assert "WARNING" not in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import signal
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,36 @@ def test_signal_saves_and_resume_continues(
     monkeypatch.undo()
     distill(teacher, tmp_path / "broken", resume=True)
     assert differing(tmp_path / "whole", tmp_path / "broken") == []
+
+
+def test_an_extended_run_and_its_record(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished one too: its record and its export are then of all steps, and say both plans."""
+    distill(teacher, tmp_path / "a", steps=4)
+    longer = distill(teacher, tmp_path / "a", steps=4, resume=True, extend="steps=8")
+    assert longer.steps == 8
+    said = capsys.readouterr().err
+    assert "extended at step 4: the schedule was 4 steps" in said
+    record = json.loads((tmp_path / "a/distill.json").read_text())
+    assert record["config"]["schedule"]["steps"] == record["results"]["steps"] == 8
+    found = [(plan["since"], plan["steps"]) for plan in record["results"]["schedules"]]
+    assert found == [(0, 4), (4, 8)]
+    again = featdistill.distill(config=tmp_path / "a/config.yaml", resume=True)
+    assert again.steps == 8
+    assert (
+        json.loads((tmp_path / "a/distill.json").read_text())["results"]["schedules"]
+        == (record["results"]["schedules"])
+    )
+
+
+def test_a_checkpoint_says_by_what_it_was_computed(student: Path) -> None:
+    found = Checkpoints(student / "checkpoints").latest()
+    assert found is not None
+    known = found.manifest["environment"]
+    assert known["versions"]["torch"] == metadata.version("torch")
+    assert known["threads"] == torch.get_num_threads()
+    assert {"cpu", "cpu_features", "kernels", "devices", "python"} <= known.keys()
 
 
 def test_resume_with_another_configuration_is_refused(teacher: Path, tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def resolve(
         tree.pop("command", None)
         merged.add_tree(tree, str(config))
     merged.add_tree(options, origin)
+    _extend(merged)
     for name, info in schema.model_fields.items():
         if not section_of(info.annotation):
             continue
@@ -239,6 +240,17 @@ def _replace_length(merged: _Merged, tree: Mapping[str, Any], origin: str) -> No
         alone = f"schedule.{mine}" in given and f"schedule.{other}" not in given
         if alone and f"schedule.{other}" in leaves(merged.schema):
             merged.put(f"schedule.{other}", None, origin)
+
+
+def _extend(merged: _Merged) -> None:
+    """The length that a run is to be extended to takes the place of the one that is given."""
+    run = merged.values.get("run")
+    wanted = run.get("extend") if isinstance(run, dict) else None
+    name, equals, number = wanted.partition("=") if isinstance(wanted, str) else ("", "", "")
+    if name not in ("epochs", "steps") or not equals or "run.extend" not in leaves(merged.schema):
+        return  # nothing, or what validation refuses
+    for length in ("epochs", "steps"):
+        merged.put(f"schedule.{length}", number if length == name else None, "--extend")
 
 
 def _say(schema: type[Command], merged: _Merged, detail: ErrorDetails) -> str:

@@ -463,6 +463,29 @@ class RunConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events")
 
 
+class TrainRunConfig(RunConfig):
+    """Where a training lives, which may be made longer (or shorter) when it is resumed."""
+
+    extend: str | None = Field(
+        None,
+        description="with --resume: go on by a schedule of another length, epochs=N or steps=N",
+    )
+
+    @field_validator("extend")
+    @classmethod
+    def _a_length(cls, value: str | None) -> str | None:
+        name, _, number = (value or "epochs=1").partition("=")
+        if name not in ("epochs", "steps") or not number:
+            raise ValueError(f"given '{value}'; expected epochs=N or steps=N")
+        return value
+
+    @model_validator(mode="after")
+    def _of_a_run(self) -> TrainRunConfig:
+        if self.extend is not None and not self.resume:
+            raise ValueError(f"--extend {self.extend} is for a run that goes on; give --resume too")
+        return self
+
+
 class SignalConfig(Section):
     """What is measured while a student learns, on images that it does not train on."""
 

@@ -21,9 +21,16 @@ from featdistill.core.parsing import parse_json
 
 _PACKAGES = ("torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow", "pyarrow")
 
+# what the last bit of a run's weights depends on
+_BITS = (
+    *("threads", "cpu", "cpu_capability", "cpu_features", "kernels"),
+    *("devices", "python", "versions"),
+)
+_VECTORS = ("sse", "ssse", "avx", "amx", "fma", "f16c", "asimd", "neon", "sve", "bf16", "i8mm")
+
 
 def environment() -> dict[str, Any]:
-    """Versions, device and threads of this process, as a JSON-ready dictionary."""
+    """Versions, devices, processor, kernels and threads of this process, ready for JSON."""
     import torch
 
     versions = {}
@@ -33,18 +40,62 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     cuda = torch.cuda.is_available()
+    model, features = _processor()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
         "threads": torch.get_num_threads(),
+        "cpu": model,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_features": features,
+        "kernels": _kernels(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if cuda
         else ["cpu"],
         "command": " ".join(sys.argv),
         "commit": _commit(),
     }
+
+
+def computing(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an environment, what the last bit of a run's weights may depend on."""
+    return {key: known[key] for key in _BITS if key in known}
+
+
+def _processor() -> tuple[str, list[str]]:
+    """The processor's name and its vector instructions, as Linux names them; or nothing."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine(), []
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    facts = {name.strip().lower(): value.strip() for name, _, value in lines}
+    flags = (facts.get("flags") or facts.get("features") or "").split()
+    name = facts.get("model name") or facts.get("cpu part") or platform.machine()
+    return name, sorted(flag for flag in flags if flag.startswith(_VECTORS))
+
+
+def _kernels() -> dict[str, Any]:
+    """By which libraries, and how freely, torch computes."""
+    import torch
+
+    backends = torch.backends
+    found: dict[str, Any] = {
+        "mkl": backends.mkl.is_available(),
+        "onednn": backends.mkldnn.is_available() and backends.mkldnn.enabled,
+        "openmp": backends.openmp.is_available(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    if torch.cuda.is_available():
+        found |= {
+            "cuda": torch.version.cuda,
+            "cudnn": backends.cudnn.version(),
+            "cudnn_benchmark": backends.cudnn.benchmark,
+            "tf32": backends.cuda.matmul.allow_tf32,
+        }
+    return found
 
 
 def _commit() -> str | None:

@@ -38,6 +38,7 @@ from featdistill.core.errors import RunError
 from featdistill.core.parsing import parse_json
 from featdistill.core.records import sync, write_json
 from featdistill.engine.average import WeightAverage
+from featdistill.engine.rundir import saved_steps
 from featdistill.engine.tracking import say
 from featdistill.engine.writer import Abandoned, Writer
 from featdistill.models.weights import file_hash
@@ -143,11 +144,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        names = (p.name for p in self.folder.iterdir())
-        numbers = (n.removeprefix("step-") for n in names if n.startswith("step-"))
-        return sorted(int(n) for n in numbers if n.isdecimal())
+        return saved_steps(self.folder)
 
     def read(self, step: int) -> Checkpoint:
         """The checkpoint of a step, verified. Raises RunError."""

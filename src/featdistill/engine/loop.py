@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from featdistill.core.errors import Interrupted
+from featdistill.core.records import computing, environment
 from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch
 from featdistill.data.joint_views import JointView
@@ -38,6 +39,7 @@ from featdistill.engine.finite import FiniteWatch, NonFinitePolicy, NonFiniteSte
 from featdistill.engine.ledger import Books, Ledger
 from featdistill.engine.meter import Meter
 from featdistill.engine.quarantine import Quarantine
+from featdistill.engine.replan import Planned, first_plan, replanned
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 from featdistill.engine.signals import StopRequest, requeue, shielded, stop_on_signals
@@ -106,6 +108,7 @@ class FitResult:
         seconds: of all sessions, without what a kill undid.
         joules: likewise; None where the machine does not count them.
         last: the last logged values.
+        schedules: by which it went, each `since` a step; more than one if it was extended.
     """
 
     step: int
@@ -113,6 +116,7 @@ class FitResult:
     seconds: float
     last: Mapping[str, float] = field(default_factory=dict)
     joules: float | None = None
+    schedules: tuple[Planned, ...] = ()
 
 
 def fit(
@@ -174,7 +178,7 @@ def open_loop(
         average.start()  # only now are the weights on their device
     data = runtime.first_does(lambda: fingerprint(plan.source))
     meter = Meter(runtime.device)
-    start, earlier = 0, Spent()
+    start, earlier, schedules = 0, Spent(), first_plan(plan.schedule)
     if resume and (checkpoint := _checkpoint_of(checkpoints, runtime)) is not None:
         check_data(checkpoint.manifest, data, plan.source)
         restore(checkpoint, objective, optimizer, average)
@@ -182,6 +186,10 @@ def open_loop(
             meter.restore(checkpoint.files["meter"], runtime)
         start, earlier = checkpoint.step, Spent.of_manifest(checkpoint.manifest)
         say(f"resumed at step {start} from {checkpoint.path}")
+        known = checkpoint.manifest.get("schedules")
+        schedules, note = replanned(known, plan.schedule, start)
+        if note is not None:
+            say(note)
     elif resume:
         say("no checkpoint was written yet: the run begins again at its first step")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
@@ -218,7 +226,12 @@ def open_loop(
         evaluate=evaluate,
         average=average,
         meter=meter,
-        data=data,
+        facts={
+            "data_images": len(plan.source),
+            "data": data,
+            "schedules": schedules,
+            "environment": computing(environment()) if runtime.first else {},
+        },
         best=Best(checkpoints.folder / "best", plan.best, resume=resume, writer=writer)
         if plan.best and runtime.first
         else None,
@@ -266,7 +279,7 @@ class _Loop:
     checkpoints: Checkpoints
     writer: Writer
     meter: Meter
-    data: Mapping[str, Any]  # the source's fingerprint
+    facts: Mapping[str, Any]  # of every checkpoint: the source's fingerprint, schedules, ...
     cost: CostMeter
     spent: Spent  # as the newest checkpoint has it
     evaluate: Callable[[], Mapping[str, float]] | None
@@ -328,7 +341,14 @@ class _Loop:
         self._written()
         assert saved == max(start, stop)
         finished = stop == plan.schedule.steps
-        return FitResult(stop, finished, self.spent.seconds, self.last, self.spent.joules)
+        return FitResult(
+            stop,
+            finished,
+            self.spent.seconds,
+            self.last,
+            self.spent.joules,
+            tuple(self.facts["schedules"]),
+        )
 
     def _written(self) -> None:
         """Wait until all is written, or raise why it is not, on all processes."""
@@ -421,7 +441,7 @@ class _Loop:
         self.writer.room_for(done)
         state = training_state(self.objective, self.optimizer, self.average)
         files = {**state, "meter": copied(meter)}
-        extra = {"data_images": len(self.plan.source), "data": self.data, **asdict(self.spent)}
+        extra = {**self.facts, **asdict(self.spent)}
 
         def write() -> None:
             self.metrics.sync()

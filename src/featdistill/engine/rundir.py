@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,20 @@ from pydantic import BaseModel, ValidationError
 
 from featdistill.core.errors import RunError
 from featdistill.core.parsing import parse_json, parse_yaml
-from featdistill.core.records import environment, write_json
+from featdistill.core.records import computing, environment, write_json
 from featdistill.engine.lock import LOCK, check_free, claim
+from featdistill.engine.replan import check_reach
 
 log = logging.getLogger("featdistill")
 
 _WEIGHTS = "weights.json"
-
-# what the last bit of a run's weights depends on, in environment.json
-_BITS = ("threads", "cpu_capability", "devices", "python", "versions")
 
 # what may differ between a run and its continuation, because it changes no weight
 _HARMLESS = frozenset(
     (
         "run.resume",
         "run.out",
+        "run.extend",
         "run.log_every",
         "run.checkpoint_every",
         "run.checkpoint_keep",
@@ -53,6 +52,13 @@ _HARMLESS = frozenset(
 
 # what may differ too, but costs the last bit: over how many parts a batch is summed
 _ROUNDING = frozenset(("run.devices", "run.nodes", "run.micro_batches"))
+
+
+# of them, what is said otherwise, or is of one session alone
+_UNSAID = frozenset(("run.resume", "run.out", "run.extend", "run.preflight", "schedule.stop_at"))
+
+# what `--extend` changes
+_LENGTH = frozenset(("schedule.epochs", "schedule.steps"))
 
 
 def check_out(out: str, *, resume: bool) -> None:
@@ -96,6 +102,7 @@ def open_run(
     weights: Mapping[str, str] | None = None,
     may_change: frozenset[str] = frozenset(),
     log_here: bool = True,
+    steps: int | None = None,
 ) -> Path:
     """Make a run's folder, or open it again; of several processes, only the first touches it.
 
@@ -105,10 +112,11 @@ def open_run(
         may_change: settings by dotted path that a resumed run may have otherwise, since what was
             done so far holds whatever they are.
         log_here: write log.txt here from now on.
+        steps: of the schedule, if it may be extended (`run.extend`).
 
     Raises:
-        RunError: see `check_out`; another process has the folder; or the resumed run had another
-            configuration or other weights.
+        RunError: see `check_out`; another process has the folder; the resumed run had another
+            configuration or other weights; or it is beyond the end of its new schedule.
     """
     path = Path(out).expanduser()
     if not first:
@@ -116,22 +124,26 @@ def open_run(
     check_out(out, resume=resume)
     _claim(path, out, resume)
     values = config.model_dump(mode="json")
-    changed, known, rounding = False, dict[str, str](), list[str]()
+    changed, known, notes = False, dict[str, str](), list[str]()
     if resume:
-        changed, rounding = _check_same(path, config, may_change)
+        if steps is not None and values["run"].get("extend"):
+            may_change |= _LENGTH
+            check_reach(steps, max(saved_steps(path / "checkpoints"), default=0))
+        changed, notes = _check_same(path, config, may_change)
         known = _check_weights(path, weights or {})
     try:
         if not resume or changed:
             if weights:
                 write_json(path / _WEIGHTS, {**known, **weights})
             if changed:
-                values["run"]["resume"] = False  # as the first session wrote it
+                # as a first session would have written it
+                values["run"] |= {"resume": False} | ({"extend": None} if steps is not None else {})
             # the last, and at once: with it a folder is a run that can be resumed
             begun = path / f".config.{os.getpid()}.yaml"
             begun.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
             os.replace(begun, path / "config.yaml")
         here = environment()
-        notes = [*_notes(path, here), *rounding] if resume else []
+        notes += _elsewhere(path, here) if resume else []
         write_json(path / "environment.json", here)
     except OSError as error:
         raise RunError(
@@ -159,18 +171,18 @@ def _claim(path: Path, out: str, resume: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _notes(path: Path, here: Mapping[str, Any]) -> list[str]:
+def _elsewhere(path: Path, here: Mapping[str, Any]) -> list[str]:
     """What differs from the machine of the session before, and may cost the last bit."""
     try:
         before = parse_json((path / "environment.json").read_text(encoding="utf-8"))
-        old, new = ({k: env[k] for k in _BITS} for env in (before, here))
-    except (OSError, ValueError, KeyError, TypeError):
+        old, new = _bits(before), _bits(here)
+    except (OSError, ValueError, AttributeError, TypeError):
         return []  # unknown: it is written anew
-    old, new = flatten(old), flatten(new)
     differ = [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        # an earlier version did not write all of them
+        if old.get(key) != new.get(key) and key.partition(".")[0] in before
     ]
     if not differ:
         return []
@@ -180,10 +192,21 @@ def _notes(path: Path, here: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _bits(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What an environment computes by, by dotted path."""
+    found = computing(known)
+    features = dict.fromkeys(found.pop("cpu_features", ()), "yes")
+    return flatten({**found, "cpu_features": features} if features else found)
+
+
 def _check_same(
     path: Path, config: BaseModel, may_change: frozenset[str]
 ) -> tuple[bool, list[str]]:
-    """Refuse what cannot go on; whether something of `may_change` changed, and what to say."""
+    """Refuse what cannot go on.
+
+    Returns:
+        Whether something of `may_change` changed; and what else did, to be told.
+    """
     try:
         before = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -192,23 +215,38 @@ def _check_same(
         # a run of an earlier version lacks the newer options: they had their defaults
         before = type(config).model_validate(before).model_dump(mode="json")
     old, new = flatten(before), flatten(config.model_dump(mode="json"))
-    changes = {
+    differ = {
         key: f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
-    differ = [c for key, c in changes.items() if key not in _HARMLESS | _ROUNDING | may_change]
-    if differ:
+    wrong = [key for key in differ if key not in _HARMLESS | _ROUNDING | may_change]
+    if wrong:
+        extend = "give another length with --extend, " if _extendable(wrong, new) else ""
         raise RunError(
-            f"the run in '{path}' had another configuration ({'; '.join(differ)})",
-            fix="resume with the same options, or begin a new run in another --out",
+            f"the run in '{path}' had another configuration "
+            f"({'; '.join(differ[key] for key in wrong)})",
+            fix=f"resume with the same options, {extend}or begin a new run in another --out",
         )
-    parts = [change for key, change in changes.items() if key in _ROUNDING]
-    note = (
-        f"WARNING: this session cuts a batch otherwise than the first ({'; '.join(parts)}): the "
-        "run goes on, but not to the very same bits"
-    )
-    return any(key in may_change for key in changes), [note] if parts else []
+    told = [said for key, said in differ.items() if key in _HARMLESS - _UNSAID]
+    parts = [said for key, said in differ.items() if key in _ROUNDING]
+    notes = []
+    if told:
+        notes.append(
+            "note: other settings than the run began with, none of which changes a weight: "
+            f"{'; '.join(told)}"
+        )
+    if parts:
+        notes.append(
+            f"WARNING: this session cuts a batch otherwise than the first ({'; '.join(parts)}): "
+            "the run goes on, but not to the very same bits"
+        )
+    return any(key in may_change for key in differ), notes
+
+
+def _extendable(wrong: Collection[str], values: Mapping[str, Any]) -> bool:
+    """Whether `--extend` is what somebody meant."""
+    return "run.extend" in values and set(wrong) <= _LENGTH
 
 
 def _check_weights(path: Path, weights: Mapping[str, str]) -> dict[str, str]:
@@ -250,6 +288,15 @@ def _log_to(file: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of which there is a checkpoint in `checkpoints/`, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = (p.name for p in folder.iterdir())
+    numbers = (n.removeprefix("step-") for n in names if n.startswith("step-"))
+    return sorted(int(n) for n in numbers if n.isdecimal())
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -68,6 +68,7 @@ def run(config: DistillConfig) -> DistillResult:
         resume=config.run.resume,
         first=assembly.runtime.first,
         weights=assembly.weights,
+        steps=assembly.schedule.steps,
     )
     log.info("\n".join(lines))
     objective = assembly.objective
@@ -297,6 +298,7 @@ def _keep(
             "images_seen": views,
             "seconds": result.seconds,
             "joules": result.joules,
+            "schedules": result.schedules,
             "pairing": asdict(objective.pairing),
             "last": dict(last),
             "notes": list(assembly.notes),

@@ -47,7 +47,10 @@ def run_several(config: DistillConfig) -> DistillResult:
     assemblies = assemble_all(configs)
     runtime = assemblies[0].runtime
     lines = announce(config, assemblies[0], assemblies[1:])
-    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
+    steps = assemblies[0].schedule.steps
+    folder = open_run(
+        config.run.out, config, resume=config.run.resume, first=runtime.first, steps=steps
+    )
     log.info("\n".join(lines))
     resumed = {name: _goes_on(config, folder / name) for name in configs}
     for assembly, (name, mine) in zip(assemblies, configs.items(), strict=True):
@@ -58,6 +61,7 @@ def run_several(config: DistillConfig) -> DistillResult:
             first=runtime.first,
             weights=assembly.weights,
             log_here=False,
+            steps=steps,
         )
     taught = teach(config, assemblies, folder)
     learners = [

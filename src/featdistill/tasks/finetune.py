@@ -247,7 +247,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     check_out(config.run.out, resume=config.run.resume)
     data = data_of(config.data, config.run.seed)
     train, held, classes = check_labels(data, budget=config.data.labels, seed=config.run.seed)
-    schedule_of(  # refuses what cannot be, before a model is loaded
+    schedule = schedule_of(  # refuses what cannot be, before a model is loaded
         config.schedule, config.optimizer, images=len(train), batch_size=config.data.batch_size
     )
     runtime = runtime_of(config.run)
@@ -259,6 +259,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
         resume=config.run.resume,
         first=runtime.first,
         weights={"model": backbone.origin.weights},
+        steps=schedule.steps,
     )
     kept = keeps_head(backbone, classes, config.head.value)
     say(
@@ -368,6 +369,7 @@ def _finish(
             "images_seen": tuned.fit.step * config.data.batch_size,
             "seconds": tuned.fit.seconds,
             "joules": tuned.fit.joules,
+            "schedules": tuned.fit.schedules,
             "model": origin_record(origin),
         },
         arrays={**score_arrays(scores), **chosen},

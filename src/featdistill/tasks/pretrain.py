@@ -59,7 +59,13 @@ def run(config: PretrainConfig) -> PretrainResult:
     runtime = runtime_of(config.run)
     objective = _objective(config)
     settle(runtime, objective.backbone, config.run)
-    folder = open_run(config.run.out, config, resume=config.run.resume, first=runtime.first)
+    folder = open_run(
+        config.run.out,
+        config,
+        resume=config.run.resume,
+        first=runtime.first,
+        steps=schedule.steps,
+    )
     say(
         f"model  {config.model.name}, {objective.backbone.parameters_count / 1e6:.2f} M "
         f"parameters, {config.view.image_size} pixels\n"
@@ -148,6 +154,7 @@ def _finish(
             "images_seen": result.step * config.data.batch_size,
             "seconds": result.seconds,
             "joules": result.joules,
+            "schedules": result.schedules,
             "last": dict(result.last),
             "notes": [],
         },

@@ -81,7 +81,7 @@ def run(config: SegmentConfig) -> SegmentResult | SegmentPredictResult:
 
 def _train(config: SegmentConfig, data: SegmentationData, held: PairSource) -> SegmentResult:
     batch = config.data.batch_size
-    schedule_of(  # refuses what cannot be, before a model is loaded
+    schedule = schedule_of(  # refuses what cannot be, before a model is loaded
         config.schedule, config.optimizer, images=len(data.train), batch_size=batch
     )
     runtime = runtime_of(config.run)
@@ -95,6 +95,7 @@ def _train(config: SegmentConfig, data: SegmentationData, held: PairSource) -> S
         resume=config.run.resume,
         first=runtime.first,
         weights={"model": origin.weights},
+        steps=schedule.steps,
     )
     say(
         f"model  {origin.spec}, {origin.weights}{' (frozen)' if segmenter.frozen else ''}\n"

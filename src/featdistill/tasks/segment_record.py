@@ -93,6 +93,7 @@ def finish(outcome: Outcome, folder: Path) -> Path | None:
             else {"decay": outcome.config.ema, **_numbers(outcome.average_scores)},
             "steps": outcome.fit.step if outcome.fit else 0,
             "seconds": outcome.fit.seconds if outcome.fit else 0.0,
+            "schedules": outcome.fit.schedules if outcome.fit else (),
             "head": describe(outcome.segmenter),
             "model": _model(outcome),
             "pictures": pictures,

@@ -23,6 +23,7 @@ TRAIN = {
     "precision": "run.precision",
     "resume": "run.resume",
 }
+EXTEND = {"extend": "run.extend"}
 TEACHER = {
     "teacher": "teacher.spec",
     "teacher-weights": "teacher.weights",

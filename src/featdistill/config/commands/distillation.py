@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from featdistill.config.commands.base import (
     DATA,
+    EXTEND,
     OBJECTIVE,
     RUN,
     SIGNAL,
@@ -19,17 +20,17 @@ from featdistill.config.sections import (
     DataConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    RunConfig,
     ScheduleConfig,
     SignalConfig,
     StudentConfig,
     TeacherCacheConfig,
     TeacherConfig,
+    TrainRunConfig,
     ViewConfig,
 )
 
 
-class DistillRunConfig(RunConfig):
+class DistillRunConfig(TrainRunConfig):
     """Where a distillation lives, and whether it looks before it leaps."""
 
     best: str | None = Field(
@@ -56,6 +57,7 @@ class DistillConfig(Command):
         **DATA,
         **RUN,
         **TRAIN,
+        **EXTEND,
         **OBJECTIVE,
         **SIGNAL,
         **TEACHER_CACHE,

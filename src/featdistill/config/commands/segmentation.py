@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from featdistill.config.commands.base import RUN, TRAIN, Command
+from featdistill.config.commands.base import EXTEND, RUN, TRAIN, Command
 from featdistill.config.sections import (
     BadImages,
     ModelConfig,
@@ -14,8 +14,8 @@ from featdistill.config.sections import (
     PolynomialScheduleConfig,
     Positive,
     Rate,
-    RunConfig,
     Section,
+    TrainRunConfig,
     tolerated,
 )
 
@@ -165,6 +165,7 @@ class SegmentConfig(Command):
         "train": "train",
         **RUN,
         **TRAIN,
+        **EXTEND,
         "head": "head.kind",
         "layer-decay": "optimizer.layer_decay",
         "drop-path": "drop_path",
@@ -190,7 +191,7 @@ class SegmentConfig(Command):
     )
     optimizer: SegmentOptimizerConfig = SegmentOptimizerConfig()
     schedule: PolynomialScheduleConfig = PolynomialScheduleConfig(steps=160_000)
-    run: RunConfig
+    run: TrainRunConfig
 
     @model_validator(mode="after")
     def _one_task(self) -> SegmentConfig:

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from featdistill.config.commands.base import (
     DATA,
+    EXTEND,
     RUN,
     TRAIN,
     Command,
@@ -26,8 +27,8 @@ from featdistill.config.sections import (
     OptimizerConfig,
     Pool,
     Rate,
-    RunConfig,
     ScheduleConfig,
+    TrainRunConfig,
 )
 
 
@@ -43,6 +44,7 @@ class PretrainConfig(Command):
         **DATA,
         **RUN,
         **TRAIN,
+        **EXTEND,
         "temperature": "objective.temperature",
     }
 
@@ -52,7 +54,7 @@ class PretrainConfig(Command):
     objective: ContrastiveConfig = ContrastiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr_per_512=1e-3)
     schedule: ScheduleConfig = ScheduleConfig(epochs=100, warmup=0.1)
-    run: RunConfig
+    run: TrainRunConfig
 
 
 class FinetuneConfig(Command):
@@ -68,6 +70,7 @@ class FinetuneConfig(Command):
         "labels": "data.labels",
         **RUN,
         **TRAIN,
+        **EXTEND,
         "layer-decay": "optimizer.layer_decay",
         "drop-path": "drop_path",
         "pool": "pool",
@@ -96,4 +99,4 @@ class FinetuneConfig(Command):
     )
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     schedule: FinetuneScheduleConfig = FinetuneScheduleConfig(epochs=100)
-    run: RunConfig
+    run: TrainRunConfig
