@@ -2,12 +2,13 @@
 # make test         linters, types, import contract, tests
 # make test-slow    what takes longer: every tensor of every checkpoint format, the whole catalogue
 # make test-faults  kills, damage and hostile files (docs/reliability.md): at most half an hour
+# make test-soak    20,000 steps in which memory, handles, threads and disk stay flat: a quarter hour
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint unit test-slow test-faults test-gpu constraints clean
+.PHONY: quickstart test lint unit test-slow test-faults test-soak test-gpu constraints clean
 
 quickstart: $(STAMP)
 	@if [ -e runs/quickstart ]; then echo "removing the last quickstart's runs/quickstart"; fi
@@ -23,13 +24,16 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 unit: $(STAMP)
-	$(BIN)/pytest -q -m "not slow and not gpu and not faults"
+	$(BIN)/pytest -q -m "not slow and not gpu and not faults and not soak"
 
 test-slow: $(STAMP)
-	$(BIN)/pytest -q -m "slow and not gpu and not faults"
+	$(BIN)/pytest -q -m "slow and not gpu and not faults and not soak"
 
 test-faults: $(STAMP)
 	$(BIN)/pytest -q tests/faults
+
+test-soak: $(STAMP)
+	$(BIN)/pytest -q tests/soak
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -m gpu

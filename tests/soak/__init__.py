@@ -1,0 +1,1 @@
+"""A long run in which nothing may grow."""
