@@ -6,6 +6,7 @@ import logging
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from featdistill.engine.lock import released
 from featdistill.engine.rundir import open_run, read_metrics
 from featdistill.engine.tracking import MetricsLog
 from tests.engine.test_rundir import _own_log, config  # noqa: F401 - its log is put back
-from tests.faults.harness import Victim, digest, finish, said
+from tests.faults.harness import Victim, digest, finish, newest, rows_of, said
 from tests.faults.victim import session
 
 
@@ -134,3 +135,47 @@ def test_a_disk_that_is_read_only(small_disk: Path) -> None:
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert found is not None
     assert content(out) == before
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from unittest.mock import patch
+from featdistill.core.errors import RunError
+from featdistill.engine import checkpoint
+from tests.faults.victim import run
+
+folder, real = Path(sys.argv[1]), checkpoint.save_file
+
+def save_file(tensors, file):
+    if file.parent.name.endswith("step-00000006"):
+        raise OSError(28, "No space left on device")
+    real(tensors, file)
+
+status = 0
+with patch.object(checkpoint, "save_file", save_file):
+    try:
+        run(folder, resume=False, devices=2)
+    except RunError as error:
+        print(error)
+        status = error.exit_code
+(folder / f"status-{os.environ.get('LOCAL_RANK', '0')}").write_text(str(status))
+sys.exit(status)
+"""
+
+
+@pytest.mark.faults
+def test_a_full_disk_of_the_first_process_ends_both_after_the_same_step(tmp_path: Path) -> None:
+    """The first writes in the background; the other hears of it as of a signal."""
+    script, folder = tmp_path / "train.py", tmp_path / "run"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    command = [sys.executable, str(script), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert (folder / "status-0").read_text() == (folder / "status-1").read_text() == "2"
+    assert done.stdout.count("No space left on device); make room") == 2
+    assert newest(folder).step == 3
+    steps = sorted(step for step, _, _ in rows_of(folder))
+    assert steps == sorted(2 * list(range(len(steps) // 2))), "each process took each step once"
+    assert 6 <= len(steps) // 2 <= 10, "at the latest a step after the next one due"
