@@ -121,8 +121,11 @@ def survives(folder: Path) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("after", "ahead"),
+    [(False, False), (True, False), (False, True)],
+    ids=["before", "after", "with the loop ahead"],
+)
 def test_a_kill_around_every_call(
     after: bool, ahead: bool, stopped: Path, calls: int, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""`--extend` wherever something is trained: a finished run goes on, and its record has both plans."""
+"""`--extend` wherever something is trained: a finished run goes on, and says so."""
 
 from __future__ import annotations
 
