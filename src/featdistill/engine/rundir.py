@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -138,10 +138,7 @@ def open_run(
             if changed:
                 # as a first session would have written it
                 values["run"] |= {"resume": False} | ({"extend": None} if steps is not None else {})
-            # the last, and at once: with it a folder is a run that can be resumed
-            begun = path / f".config.{os.getpid()}.yaml"
-            begun.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-            os.replace(begun, path / "config.yaml")
+            _write_config(path, values)  # the last: with it a folder is a run that can be resumed
         here = environment()
         notes += _elsewhere(path, here) if resume else []
         write_json(path / "environment.json", here)
@@ -151,10 +148,20 @@ def open_run(
         ) from None
     if log_here:
         _log_to(path / "log.txt")
+    _tell(notes)
+    return path
+
+
+def _tell(notes: Iterable[str]) -> None:
     for note in notes:
         log.warning(note)
         print(note, file=sys.stderr)
-    return path
+
+
+def _write_config(path: Path, values: Mapping[str, Any]) -> None:
+    begun = path / f".config.{os.getpid()}.yaml"
+    begun.write_text(yaml.safe_dump(dict(values), sort_keys=False), encoding="utf-8")
+    os.replace(begun, path / "config.yaml")
 
 
 def _claim(path: Path, out: str, resume: bool) -> None:
