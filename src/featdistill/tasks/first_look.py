@@ -24,7 +24,8 @@ def first_look(config: Command) -> None:
                 if path is not None:
                     check_there(path)
         elif isinstance(section, StudentConfig):
-            check_student(section.name)
+            for name in section.names:
+                check_student(name)
 
 
 def _has_own_rule(config: Command) -> bool:

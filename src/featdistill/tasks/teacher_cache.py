@@ -18,7 +18,7 @@ from torch import Tensor
 from featdistill.config.commands import DistillConfig
 from featdistill.core.errors import DataError, FeatDistillError, RunError
 from featdistill.core.types import Batch, Replaced
-from featdistill.data.decode import BadImage
+from featdistill.data.decode import BadImage, Picture
 from featdistill.data.loader import listed_batches, plainly, steps_per_epoch
 from featdistill.data.sources import Source
 from featdistill.data.teacher_cache import Shard, TeacherCache
@@ -179,7 +179,7 @@ class _Fixed:
     seed: int
     number: int
 
-    def __call__(self, image: Tensor, address: Address) -> tuple[Tensor, ...]:
+    def __call__(self, image: Tensor | Picture, address: Address) -> tuple[Tensor, ...]:
         return self.view(image, (self.seed, self.number, address[2]))
 
 
