@@ -68,7 +68,7 @@ def test_only_what_is_frozen_is_lowered() -> None:
         lower_weights(small_vit())
 
 
-@pytest.mark.parametrize(("name", "last"), [("resnet", True), ("convnext", False), ("vit", False)])
+@pytest.mark.parametrize(("name", "last"), [("resnet", True), ("convnext", True), ("vit", False)])
 def test_convolutions_are_laid_out_channels_last_and_say_the_same(name: str, last: bool) -> None:
     backbone, side = MAKERS[name]()
     x = images(2, side)
