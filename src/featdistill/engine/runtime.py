@@ -101,6 +101,7 @@ class Runtime:
                 f"{devices} devices, but this machine has {torch.cuda.device_count()}",
                 fix="give a smaller --run.devices",
             )
+        self.attention, self._nodes = attention, nodes
         self._open = precision == "auto" and kind == "cpu"  # until a model is there to ask
         if precision == "auto":
             precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
@@ -121,8 +122,6 @@ class Runtime:
         if self.share.world > 1:
             token = self.fabric.broadcast(uuid4().hex)
             peers.join(rank=self.share.rank, world=self.share.world, token=token)
-        self.attention = attention
-        self._nodes = nodes
 
     @property
     def device(self) -> torch.device:
