@@ -134,6 +134,17 @@ def test_every_way_begins_with_the_same_loss(capsys: pytest.CaptureFixture[str])
     assert [w["first_loss"] for w in ways.values()] == pytest.approx([first] * 5, rel=1e-5)
 
 
+def test_with_a_cache_the_loss_is_the_same_and_the_work_less(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*STEP, "--json", "--cached", "--precision", "float32"]) == 0
+    cached = json.loads(capsys.readouterr().out)
+    losses = [way["first_loss"] for way in cached["ways"].values()]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # what is cached is in bf16
+    assert main([*STEP, "--json", "--precision", "float32"]) == 0
+    assert cached["flops_per_image"] < json.loads(capsys.readouterr().out)["flops_per_image"]
+
+
 def test_bench_step_tells_a_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*STEP[:2], "--student", "vit-q", "--rounds", "1"]) == 2
     assert "no student called 'vit-q'" in capsys.readouterr().err

@@ -51,7 +51,11 @@ class BenchConfig(Command):
     student: str = Field("vit-b", description="step: student")
     drop_path: Rate = Field(0.0, description="step: the student's stochastic depth rate")
     precision: Precision = Field(Precision.AUTO, description="step: auto, float32 or bf16")
-    cached: bool = Field(False, description="step: the teacher's features come from a cache")
+    cached: bool = Field(
+        False,
+        description="step: the batch brings the teacher's features, as from a cache (the "
+        "reference runs the teacher)",
+    )
     changes: bool = Field(False, description="step: time what each change brings, too")
     profile: str | None = Field(
         None, description="step: a folder for a trace of a step and a table of where its time goes"
