@@ -21,6 +21,7 @@ TRAIN = {
     "lr": "optimizer.lr",
     "workers": "data.workers",
     "precision": "run.precision",
+    "compile": "run.compile",
     "resume": "run.resume",
 }
 EXTEND = {"extend": "run.extend"}
