@@ -17,13 +17,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from featdistill.config.sections import DataConfig
 from featdistill.data import jpeg as module
 from featdistill.data.decode import BadImage, Box, Picture, decode, open_picture
 from featdistill.data.jpeg import Frame, decode_rows, frame_of
 from featdistill.data.loader import training_batches
 from featdistill.data.sources import FileSource, Relabelled, Subset, scaled
 from featdistill.data.views import CropView, EvalView, View, crop
+from featdistill.engine.fingerprint import fingerprint
 from featdistill.tasks.bench.photographs import photograph
+from featdistill.tasks.common import data_of, images_of
 from tests.data.jpeg_files import as_pillow_reads, jpeg
 
 quick = settings(derandomize=True, deadline=None, max_examples=150)
@@ -414,3 +417,21 @@ def test_scaled_goes_below_parts_and_other_labels(tmp_path: Path) -> None:
     assert picture.scaled
     assert torch.equal(found.read(1), source.read(0))
     assert found.identify(0) == "progressive.jpg"
+
+
+def test_all_parts_of_the_data_are_read_fast(tmp_path: Path) -> None:
+    for name in ("train/a/0.jpg", "train/b/1.jpg", "val/a/2.jpg", "val/b/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(64, 64))
+    for way in ("exact", "fast"):
+        data = data_of(DataConfig(path=str(tmp_path), decode=way), seed=0)
+        single = images_of(DataConfig(path=str(tmp_path / "val/a/2.jpg"), decode=way))
+        assert data.val is not None
+        for source in (data.train, data.val, single):
+            picture = source.look(0)
+            assert isinstance(picture, Picture)
+            assert picture.scaled == (way == "fast")
+            assert torch.equal(source.read(0), as_pillow_reads(jpeg(64, 64)))
+        assert fingerprint(data.train) == fingerprint(
+            data_of(DataConfig(path=str(tmp_path)), 0).train
+        )

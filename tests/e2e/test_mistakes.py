@@ -85,6 +85,13 @@ def test_mistyped_teacher(capsys: pytest.CaptureFixture[str], out: list[str]) ->
     fails(capsys, *words, says=("did you mean 'timm/vit_tiny_patch16_224'",))
 
 
+def test_a_way_of_decoding_that_there_is_not(
+    capsys: pytest.CaptureFixture[str], out: list[str]
+) -> None:
+    words = ["distill", *TEACHER, *STUDENT, *DIGITS, *out, "--data.decode", "quick"]
+    fails(capsys, *words, says=("--data.decode", "quick", "exact", "fast"))
+
+
 def test_patch_that_does_not_divide_the_image(
     capsys: pytest.CaptureFixture[str], out: list[str]
 ) -> None:

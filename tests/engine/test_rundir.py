@@ -174,11 +174,17 @@ def test_an_extension_changes_nothing_else(tmp_path: Path) -> None:
 
 def test_another_configuration_is_refused_and_listed(tmp_path: Path) -> None:
     open_run(str(tmp_path), config(tmp_path), resume=False)
-    other = config(tmp_path, seed=3, **{"batch-size": 8, "run.log_every": 1, "drop-path": 0.2})
+    changed = {"batch-size": 8, "run.log_every": 1, "drop-path": 0.2, "data.decode": "fast"}
+    other = config(tmp_path, seed=3, **changed)
     with pytest.raises(RunError) as caught:
         open_run(str(tmp_path), other, resume=True)
     message = str(caught.value)
-    for change in ("run.seed: 0 -> 3", "data.batch_size: 256 -> 8", "drop_path: 0.1 -> 0.2"):
+    for change in (
+        "run.seed: 0 -> 3",
+        "data.batch_size: 256 -> 8",
+        "drop_path: 0.1 -> 0.2",
+        "data.decode: 'exact' -> 'fast'",
+    ):
         assert change in message
     assert "log_every" not in message
     assert "resume with the same options" in message
