@@ -244,7 +244,7 @@ class FeatureDistillation(nn.Module):
         A batch that knows what the teacher says (`Batch.taught`) spares its pass.
         """
         if batch.taught is not None:
-            return self._whitened(batch.taught.float())
+            return self._whitened(batch.taught)
         return self.targets_of(self.teacher_features(batch))
 
     def targets_of(self, features: Features) -> Tensor:
@@ -253,6 +253,8 @@ class FeatureDistillation(nn.Module):
 
     def _whitened(self, raw: Tensor) -> Tensor:
         """Targets on the student's grid, from what `taught_by` gives."""
+        # a target of bf16 is resampled and whitened in float32, whatever the student's precision
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         target: Tensor = self.whitening(self._to_whiten(raw))
         return target if self.resample_order == "before-whitening" else self._on_grid(target)
 
