@@ -298,9 +298,9 @@ def test_another_processs_failure_ends_this_one_too(
     teacher: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, assembly = assembled(teacher)
-    theirs = RunError("another process has no memory")
-    monkeypatch.setattr(type(assembly.runtime), "collect", lambda _, mine: [mine, theirs])
-    with pytest.raises(RunError, match="another process"):
+    other = RunError("the other's memory is too small")
+    monkeypatch.setattr(type(assembly.runtime), "collect", lambda self, mine: [mine, other])
+    with pytest.raises(RunError, match="the other's memory"):
         preflight(config, assembly)
 
 
