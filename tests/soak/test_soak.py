@@ -96,7 +96,8 @@ def test_a_little_leak_of_each_kind_is_caught(tmp_path: Path) -> None:
     print(json.dumps(found, indent=1))
     assert too_much(samples).keys() == LEAK.keys()
     for name, leak in LEAK.items():
-        assert 0.5 * leak < found[name] < 2 * leak, "it is measured, too"
+        # (the threads that stay have stacks)
+        assert 0.5 * leak < found[name] < 3 * leak, "it is measured, too"
 
 
 # the arithmetic, in every test run
