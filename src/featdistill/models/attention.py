@@ -49,7 +49,7 @@ class _AlignedBias(RelativePositionBias):  # type: ignore[misc]
 class _LeanAttention(Attention):  # type: ignore[misc]
     """BEiT's attention for training on a CPU.
 
-    Where nothing learns, or attention drops, or each layer has a bias of its own, it is timm's.
+    Where nothing learns, or attention drops, it is timm's.
     """
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
@@ -57,14 +57,16 @@ class _LeanAttention(Attention):  # type: ignore[misc]
             not torch.is_grad_enabled()
             or self.q_bias is None
             or self.qkv_bias_separate
-            or self.relative_position_bias_table is not None
             or (self.training and (self.attn_drop.p or self.proj_drop.p))
         )
         if plain:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)
-        found: Any = _Attend.apply(qkv, shared_rel_pos_bias, self.num_heads, self.scale)
+        qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        bias = shared_rel_pos_bias
+        if self.relative_position_bias_table is not None:
+            own = self._get_rel_pos_bias()[0]
+            bias = own if bias is None else own + bias
+        found: Any = _Attend.apply(qkv, bias, self.num_heads, self.scale)
         projected: Tensor = self.proj(found)
         return projected
 
