@@ -25,7 +25,7 @@ from featdistill.engine.loop import _Loop
 KIB = 1024
 # what the control loses from one evaluation to the next; whole handles and threads now and then
 LEAK = {
-    "memory_kib": 32,
+    "memory_kib": 64,
     "worker_kib": 32,
     "disk_kib": 2,
     "files": 1,
