@@ -21,8 +21,8 @@ from featdistill.engine.checkpoint import Checkpoints
 from tests.soak.session import LEAK
 
 STEPS, EVALUATIONS = 20_000, 200
-# Largest growth from one evaluation to the next. Of memory 22 KiB were measured (docs/lab-notes.md),
-# whose cause is not known yet.
+# Largest growth from one evaluation to the next. Of memory 22 KiB were measured (lab notes), whose
+# cause is not known yet.
 LIMITS = {
     "memory_kib": 32.0,
     "worker_kib": 16.0,
