@@ -10,11 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from featdistill.core import seeds
 from featdistill.core.seeds import (
     SampleStream,
     generator,
     key,
     seeded_globals,
+    streams,
     torch_generator,
     uniforms,
 )
@@ -125,3 +127,17 @@ def test_a_stream_differs_by_seed_and_step(other: SampleStream) -> None:
     assert not torch.equal(stream.uniforms("drop"), other.uniforms("drop"))
     assert not torch.equal(stream.uniforms("drop"), stream.uniforms("mask"))
     assert stream.uniforms("drop").dtype == torch.float32
+
+
+def test_many_keys_are_single_ones() -> None:
+    found = seeds.keys("crop", 3, -1, last=[0, 7, 10**12])
+    assert found.dtype == np.uint64
+    assert found.tolist() == [key("crop", 3, -1, n) for n in (0, 7, 10**12)]
+
+
+@given(st.lists(keys, min_size=1, max_size=5), st.integers(1, 4))
+def test_streams_are_numpy_s_philox(many: list[int], blocks: int) -> None:
+    found = streams(np.array(many, dtype=np.uint64), blocks)
+    assert found.shape == (len(many), 4 * blocks)
+    for row, one in zip(found, many, strict=True):
+        assert row.tolist() == np.random.Philox(key=one).random_raw(4 * blocks).tolist()

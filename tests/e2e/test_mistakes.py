@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -499,3 +500,67 @@ def test_several_students(capsys: pytest.CaptureFixture[str], out: list[str]) ->
     swin = ["--student", "swin-t", "--position", "ape"]
     fails(capsys, *words, *swin, says=("swin",))
     assert not Path(out[1]).exists()
+
+
+# --- caches of decoded images
+
+
+def test_a_cache_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str], out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("featdistill.data.device_cache.free_memory", lambda device: 1000)
+    words = ["distill", *TEACHER, *STUDENT, *DIGITS, *out, "--data.cache", "device"]
+    says = ("the 1,198 images of 'digits/train' take about 224.6 KiB", "--data.cache disk")
+    fails(capsys, *words, says=says)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=5))
+    words[-1] = "disk"
+    fails(capsys, *words, says=("take about 224.6 KiB", "--data.cache_folder"))
+    assert not Path(out[1]).exists()
+
+
+def test_a_cache_where_none_can_be(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    folder = ["--data.cache", "disk", "--data.cache_folder", str(tmp_path / "file/cache")]
+    words = ["distill", "--teacher", "timm/no-such-model", *DIGITS, *out, *folder]
+    fails(capsys, *words, says=("the cache cannot be in", "is not a folder", "--data.cache_folder"))
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["finetune", *CLASSIFIER], ("RandAugment", "--view.randaugment none")),
+        (["pretrain", "--data", "digits"], ("SimCLR's views", "give --data.cache disk")),
+        (["probe", *CLASSIFIER], ("device is for distill and finetune", "data.cache")),
+        (["knn", *CLASSIFIER], ("unknown option 'data.cache'",)),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_cache_that_cannot_cut_the_views(
+    capsys: pytest.CaptureFixture[str], out: list[str], command: list[str], says: tuple[str, ...]
+) -> None:
+    fails(capsys, *command, "--data.cache", "device", *out, says=says)
+    assert not Path(out[1]).exists()
+
+
+def test_a_cache_beside_what_it_does_not_go_with(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    words = ["distill", *TEACHER, *STUDENT, *DIGITS, *out]
+    taught = ["--teacher-cache", str(tmp_path / "taught"), "--data.cache", "device"]
+    fails(capsys, *words, *taught, says=("brings no teacher's features along", "disk"))
+    fast = ["--data.cache", "disk", "--data.decode", "fast"]
+    fails(capsys, *words, *fast, says=("decode fast reads no whole images",))
+    assert not Path(out[1]).exists()
+
+
+def test_images_of_many_sizes_on_the_device(
+    capsys: pytest.CaptureFixture[str], out: list[str], tmp_path: Path
+) -> None:
+    for number in range(4):
+        shape = (40, 4, 3) if number % 2 else (4, 40, 3)
+        save(tmp_path / f"data/{number}.png", np.zeros(shape, np.uint8))
+    words = ["distill", *TEACHER, *STUDENT, "--image-size", "32", "--steps", "1", *out]
+    words += ["--batch-size", "4", "--data", str(tmp_path / "data"), "--data.cache", "device"]
+    fails(capsys, *words, says=("many sizes (2 sizes", "padded to 40 x 40", "--data.cache disk"))

@@ -74,6 +74,23 @@ def test_two_processes_fill_the_cache_of_one(tmp_path: Path) -> None:
         assert together == pytest.approx(alone, rel=1e-4)
 
 
+def test_two_processes_with_a_cache_take_the_same_steps(tmp_path: Path) -> None:
+    """Each keeps all images on its device; on disk they are written once, by one of them."""
+    folder = tmp_path / "cache"
+    both = ("--run.devices", "2")
+    plain = rows(tmp_path / "plain", *both)
+    device = rows(tmp_path / "device", *both, "--data.cache", "device")
+    where = ("--data.cache", "disk", "--data.cache_folder", str(folder))
+    disk = rows(tmp_path / "disk", *both, *where)
+    for name in ("loss", "grad_norm", "student_rank"):
+        found = [[row[name] for row in run if name in row] for run in (plain, device, disk)]
+        assert len(found[0]) >= 4
+        assert found[1] == pytest.approx(found[0], rel=1e-5), name
+        assert found[2] == pytest.approx(found[0], rel=1e-5), name
+    entries = sorted(path.suffix for path in folder.iterdir())
+    assert entries == ["", "", ".lock", ".lock"], "training images, and those held out"
+
+
 def test_two_processes_score_every_image_once(tmp_path: Path) -> None:
     """599 images, 300 + 299: the record is what one process finds, image by image."""
     out = tmp_path / "run"

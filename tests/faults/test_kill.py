@@ -6,12 +6,16 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from featdistill.data.device_cache import to_device
 from featdistill.engine.checkpoint import Checkpoints
+from tests.data.test_batched_views import EXACT
 from tests.faults.harness import Victim, consumed, digest, effective, finish, rows_of
-from tests.faults.victim import FORGET, STEPS
+from tests.faults.victim import FORGET, STEPS, source
 
 QUICK = 2
 SHOWS = {"average": {"average"}, "meter": {"logged"}}  # where the loss of this part alone is seen
@@ -21,11 +25,11 @@ INSTANTS = [
 ]
 
 
-def kill_at(folder: Path, rng: random.Random, *, workers: int, resume: bool) -> bool:
+def kill_at(folder: Path, rng: random.Random, *, resume: bool, **options: Any) -> bool:
     """One session, killed some steps on, anywhere within a step, a save or an evaluation."""
     begun = consumed(folder)
     after, more = begun + rng.randrange(1, 12), rng.uniform(0, 0.02)
-    victim = Victim(folder, resume=resume, workers=workers)
+    victim = Victim(folder, resume=resume, **options)
 
     def ready() -> bool:
         if consumed(folder) < after:
@@ -54,6 +58,21 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert effective(folder) == rows_of(undisturbed)
     left = [p.name for p in (folder / "checkpoints").iterdir()]
     assert sorted(left) == ["best", "step-00000027", "step-00000030"]
+
+
+@pytest.mark.skipif(not EXACT, reason="torchvision resizes floats on this processor")
+@pytest.mark.parametrize("instant", INSTANTS)
+def test_a_killed_run_of_images_on_the_device(
+    instant: int, undisturbed: Path, tmp_path: Path
+) -> None:
+    """It goes on to the end of the run that nobody killed and that decoded every image."""
+    kept = to_device(source(), torch.device("cpu"), workers=0, progress=lambda done: None)
+    rng = random.Random(f"{instant} device")
+    folder = tmp_path / "run"
+    assert kill_at(folder, rng, resume=False, source=kept), "it ended before it could be killed"
+    finish(folder, resume=True, source=kept)
+    assert digest(folder) == digest(undisturbed)
+    assert effective(folder) == rows_of(undisturbed)
 
 
 def test_neither_workers_nor_processes_that_were_never_killed_differ(

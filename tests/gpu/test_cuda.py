@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import featdistill
+from featdistill.data.device_cache import device_batches, to_device
+from featdistill.data.loader import Share
+from featdistill.data.sources import ArraySource
+from featdistill.data.views import CropView
 from featdistill.diagnostics.capture import capture_attention
 
 pytestmark = [
@@ -169,3 +174,23 @@ def test_knn_on_cuda_is_that_of_the_cpu() -> None:
     )
     for k, top1 in one.top1["timm/vit_tiny_patch16_224"].items():
         assert two.top1["timm/vit_tiny_patch16_224"][k] == pytest.approx(top1, abs=0.005)
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 32), (32, 64), (150, 8)])
+def test_views_cut_on_cuda_are_the_cpu_s_to_the_bit(side: int, size: int) -> None:
+    """By exact sums: in float32, and in float64 where images are far larger than views."""
+    pixels = torch.randint(0, 256, (300, 3, side, side), dtype=torch.uint8)
+    source = ArraySource("made", pixels, np.arange(300) % 5, tuple("abcde"))
+    found = []
+    for device in ("cpu", "cuda"):
+        kept = to_device(source, torch.device(device), workers=0, progress=lambda done: None)
+        batches = device_batches(
+            kept, CropView(size), batch_size=64, seed=3, start=0, stop=8, share=Share()
+        )
+        found.append([b.to(torch.device("cpu")) for b in batches])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one.images, two.images)
+        assert one.labels is not None
+        assert two.labels is not None
+        assert torch.equal(one.labels, two.labels)
+        assert torch.equal(one.indices, two.indices)

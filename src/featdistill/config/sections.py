@@ -266,6 +266,45 @@ class DataConfig(Section):
         return self
 
 
+class CachedDataConfig(DataConfig):
+    """Which images, how they are read, and where they are kept once they are decoded."""
+
+    cache: Literal["none", "device", "disk"] = Field(
+        "none",
+        description="where decoded training images are kept: device (small sets: views are cut "
+        "there), disk (scored images too), or none",
+    )
+    cache_folder: str | None = Field(
+        None, description="of --data.cache disk; ~/.cache/featdistill/decoded by default"
+    )
+    cache_short_side: Positive | None = Field(
+        None,
+        description="keep larger images at so many pixels on the short side; their views then "
+        "are of fewer pixels",
+    )
+
+    @model_validator(mode="after")
+    def _a_cache(self) -> CachedDataConfig:
+        if self.cache != "none" and self.decode == "fast":
+            raise ValueError("decode fast reads no whole images, which a cache keeps; give exact")
+        if self.cache == "none" and self.cache_short_side is not None:
+            raise ValueError("cache_short_side is of --data.cache device or disk; give one of them")
+        if self.cache != "disk" and self.cache_folder is not None:
+            raise ValueError("cache_folder is of --data.cache disk; give that too")
+        return self
+
+
+class DiskCachedDataConfig(CachedDataConfig):
+    """Likewise, for a command that looks at several parts of the images: on disk alone."""
+
+    @field_validator("cache")
+    @classmethod
+    def _on_disk(cls, cache: str) -> str:
+        if cache == "device":
+            raise ValueError("device is for distill and finetune; give disk")
+        return cache
+
+
 class CropConfig(Section):
     """A random crop and mirroring."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +21,21 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WEYL = 0xBB67AE8584CAA73B  # the second half of Philox's key, from round to round
+_PHILOX = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 
 
 def key(*parts: int | str) -> int:
     """A 64-bit key of integers and names; the same on every machine and in every process."""
+    return int.from_bytes(_digest(parts).digest(), "little")
+
+
+def _digest(parts: Iterable[int | str]) -> hashlib.blake2b:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(repr(part).encode())
         digest.update(b"\0")
-    return int.from_bytes(digest.digest(), "little")
+    return digest
 
 
 def generator(*parts: int | str) -> np.random.Generator:
@@ -45,6 +51,53 @@ class _Key(ISeedSequence):
 
     def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
         return np.array([self.value, *[0] * (n_words - 1)], dtype)
+
+
+def keys(*parts: int | str, last: Iterable[int]) -> np.ndarray:
+    """`key(*parts, n)` for many n at once, (n,) uint64."""
+    begun = _digest(parts)
+    found = []
+    for n in last:
+        digest = begun.copy()
+        digest.update(b"%d\0" % n)
+        found.append(digest.digest())
+    return np.frombuffer(b"".join(found), dtype="<u8").astype(np.uint64)
+
+
+def streams(many: np.ndarray, blocks: int) -> np.ndarray:
+    """The first numbers of the Philox streams that `generator` makes of these keys.
+
+    Philox 4x64 with ten rounds (Salmon et al. 2011), as NumPy seeds and counts it, for all keys
+    side by side: making NumPy's own generator costs 25 microseconds a key.
+
+    Args:
+        many: (n,) uint64, from `keys`.
+        blocks: of four numbers each.
+
+    Returns:
+        (n, 4 * blocks) uint64.
+    """
+    shape = (len(many), blocks)
+    counter = np.broadcast_to(np.arange(1, blocks + 1, dtype=np.uint64), shape)
+    zero = np.zeros(shape, np.uint64)
+    a, b, c, d = counter, zero, zero, zero
+    one, two = np.broadcast_to(many[:, None], shape), 0
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            (high, low), (above, below) = _product(a, _PHILOX[0]), _product(c, _PHILOX[1])
+            a, b, c, d = above ^ b ^ one, below, high ^ d ^ np.uint64(two), low
+            one, two = one + _GOLDEN, (two + _WEYL) & _MASK
+    return np.stack([a, b, c, d], axis=-1).reshape(len(many), -1)
+
+
+def _product(x: np.ndarray, factor: int) -> tuple[np.ndarray, np.ndarray]:
+    """The upper and the lower 64 bits of x times a 64-bit factor."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    c, d = np.uint64(factor & 0xFFFFFFFF), np.uint64(factor >> 32)
+    a, b = x & low, x >> half
+    middle = b * c + (a * c >> half)
+    rest = a * d + (middle & low)
+    return b * d + (middle >> half) + (rest >> half), x * np.uint64(factor)
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:

@@ -29,7 +29,7 @@ _FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB"),
     *("PPM", "TIFF", "JPEG2000", "AVIF", "QOI", "TGA", "ICO"),
 )
-_MOST_PIXELS = 1 << 27  # 134 megapixels; decoded 0.4 GB, and as much again while it is cropped
+MOST_PIXELS = 1 << 27  # 134 megapixels; decoded 0.4 GB, and as much again while it is cropped
 _UNQUESTIONED = 1 << 24  # and a JPEG picture of up to 17 is decoded before Pillow has seen it
 _PLAIN_MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"))
 _SIXTEEN_BIT = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
@@ -77,9 +77,9 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
 
 def check_pixels(image: Image.Image) -> None:
     """Raise BadImage for an image that is too large to be decoded."""
-    if image.width * image.height > _MOST_PIXELS:
+    if image.width * image.height > MOST_PIXELS:
         raise BadImage(
-            f"{image.width} x {image.height} pixels are more than the {_MOST_PIXELS:,} allowed"
+            f"{image.width} x {image.height} pixels are more than the {MOST_PIXELS:,} allowed"
         )
 
 

@@ -31,7 +31,7 @@ from featdistill.data.workers import AtWork, processes, trouble_of
 _FEW = 1024
 _LARGE_BATCH = 64
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processor time, in so many
-_ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
+ATTEMPTS = 20  # substitutes to try for an unreadable image before giving up
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,11 @@ class RunSampler(Sampler[list[Item]]):
         return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[Item]]:
+        for epoch, indices, places in self.steps():
+            yield [Item(epoch, int(i), p) for i, p in zip(indices, places, strict=True)]
+
+    def steps(self) -> Iterator[tuple[int, np.ndarray, range]]:
+        """Each step's epoch, its images, and their places in the global batch."""
         mine = self.batch_size // self.share.world
         known, order = -1, np.empty(0, dtype=np.int64)
         for step in range(self.start, self.stop):
@@ -99,7 +104,7 @@ class RunSampler(Sampler[list[Item]]):
                 known, order = epoch, generator("order", self.seed, epoch).permutation(self.images)
             first = within * self.batch_size
             places = range(self.share.rank * mine, (self.share.rank + 1) * mine)
-            yield [Item(epoch, int(order[first + p]), p) for p in places]
+            yield epoch, order[first + places.start : first + places.stop], places
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,20 @@ def _look(
     return view(source.look(index), address), None
 
 
+def stand_in(source: Source, seed: int, epoch: int, index: int, attempt: int) -> int:
+    """The other image that is shown where image `index` cannot be read."""
+    rng = generator("substitute", seed, epoch, index, attempt)
+    return int(rng.integers(len(source)))
+
+
+def hopeless(source: Source, failures: Sequence[Replaced]) -> DataError:
+    """What to say where one image after the other cannot be read."""
+    return DataError(
+        f"{len(failures)} images in a row could not be read, the last: {failures[-1].reason}",
+        fix=f"look at the images of '{source.name}'",
+    )
+
+
 class Samples(Dataset[_Sample]):
     """Views of a source by address; an unreadable image is replaced by a keyed other one.
 
@@ -142,24 +161,20 @@ class Samples(Dataset[_Sample]):
         self.at_work = AtWork()
 
     def __getitem__(self, item: Item) -> _Sample:
-        index, failures = item.index, []
-        for attempt in range(_ATTEMPTS):
+        index, failures = item.index, list[Replaced]()
+        for attempt in range(ATTEMPTS):
             try:
                 self.at_work.on(index)
                 views, mask = _look(self.source, self.view, index, self._address(item, index))
                 taught = self._taught(item, index)
                 break
             except BadImage as error:
-                rng = generator("substitute", self.seed, item.epoch, item.index, attempt)
-                substitute = int(rng.integers(len(self.source)))
+                substitute = stand_in(self.source, self.seed, item.epoch, item.index, attempt)
                 reason = f"{self.source.identify(index)}: {error}"
                 failures.append(Replaced(index, reason, substitute))
                 index = substitute
         else:
-            raise DataError(
-                f"{_ATTEMPTS} images in a row could not be read, the last: {failures[-1].reason}",
-                fix=f"look at the images of '{self.source.name}'",
-            )
+            raise hopeless(self.source, failures)
         labels = self.source.labels
         label = None if labels is None else int(labels[index])
         self.at_work.done()

@@ -6,6 +6,7 @@ A source is a sequence of images with, if there are any, labels; it does no rand
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -145,6 +146,19 @@ class ArrowSource:
         if cell.get("path"):
             return read_file(Path(self.root or ".", cell["path"]))
         raise BadImage("the cell holds neither bytes nor a path")
+
+    def checksum(self) -> int:
+        """Of the encoded bytes of all images."""
+        found = 0
+        for chunk in self._chunks:
+            for buffer in chunk.buffers():
+                found = found if buffer is None else zlib.crc32(buffer, found)
+        return found
+
+    @property
+    def encoded_bytes(self) -> int:
+        """The size of all encoded images."""
+        return sum(chunk.nbytes for chunk in self._chunks)
 
     def identify(self, index: int) -> str:
         scalar = self._scalar(index)

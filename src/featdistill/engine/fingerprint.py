@@ -12,6 +12,7 @@ import numpy as np
 from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator
 from featdistill.data.decode import BadImage
+from featdistill.data.kept import Kept
 from featdistill.data.masks import PairSource
 from featdistill.data.sources import FileSource, Relabelled, Scaled, Source, Subset
 
@@ -100,7 +101,7 @@ def _sizes(source: Source) -> np.ndarray | None:
     if isinstance(source, PairSource):
         inner = _sizes(source.images)
         return inner if inner is None or source.chosen is None else inner[list(source.chosen)]
-    if isinstance(source, Relabelled | Scaled):
+    if isinstance(source, Relabelled | Scaled | Kept):
         return _sizes(source.source)
     if isinstance(source, Subset):
         inner = _sizes(source.source)

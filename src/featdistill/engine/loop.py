@@ -18,6 +18,7 @@ from featdistill.core.errors import Interrupted
 from featdistill.core.records import computing, environment
 from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch
+from featdistill.data.device_cache import DeviceImages, device_batches
 from featdistill.data.joint_views import JointView
 from featdistill.data.loader import plainly, training_batches
 from featdistill.data.sources import Source
@@ -370,20 +371,7 @@ class _Loop:
         stop = self.stop
         if start >= stop:
             return
-        loader = training_batches(
-            self.plan.source,
-            self.plan.view,
-            batch_size=self.plan.batch_size,
-            seed=self.plan.seed,
-            start=start,
-            stop=stop,
-            workers=self.plan.workers,
-            share=self.runtime.share,
-            pin_memory=self.runtime.device.type == "cuda",
-            cache=self.plan.cache,
-        )
-        loader.worker_init_fn = shielded(loader.worker_init_fn)
-        iterator = plainly(loader)
+        iterator = self._loaded(start, stop)
         for step in range(start, stop):
             before = time.monotonic()
             batch = next(iterator)
@@ -391,6 +379,33 @@ class _Loop:
                 batch = self.plan.complete(step, batch)
             self.meter.waited += time.monotonic() - before
             yield batch
+
+    def _loaded(self, start: int, stop: int) -> Iterator[Batch]:
+        plan = self.plan
+        if isinstance(plan.source, DeviceImages):
+            return device_batches(
+                plan.source,
+                plan.view,
+                batch_size=plan.batch_size,
+                seed=plan.seed,
+                start=start,
+                stop=stop,
+                share=self.runtime.share,
+            )
+        loader = training_batches(
+            plan.source,
+            plan.view,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
+            start=start,
+            stop=stop,
+            workers=plan.workers,
+            share=self.runtime.share,
+            pin_memory=self.runtime.device.type == "cuda",
+            cache=plan.cache,
+        )
+        loader.worker_init_fn = shielded(loader.worker_init_fn)
+        return plainly(loader)
 
     def _step(self, step: int, batch: Batch) -> None:
         self.ledger.add(batch.replaced)

@@ -45,6 +45,8 @@ _HARMLESS = frozenset(
         "schedule.stop_at",
         "teacher_cache.folder",  # what it holds is checked; with it or without, the views tell
         "data.workers",
+        "data.cache",  # views are the same to the bit
+        "data.cache_folder",
         "data.bad_images",
         "data.bad_image_limit",
     )

@@ -9,7 +9,15 @@ from rich.console import Console
 
 from featdistill.config.commands import CheckConfig
 from featdistill.tasks.assembly import assemble_all, students_of
-from featdistill.tasks.describe import budget_warning, describe, shapes, views_of, width_of
+from featdistill.tasks.caches import cost_of_cache
+from featdistill.tasks.describe import (
+    budget_warning,
+    describe,
+    shapes,
+    views_of,
+    width_of,
+    wrapped,
+)
 from featdistill.tasks.preflight import preflight
 
 
@@ -50,6 +58,8 @@ def run(config: CheckConfig) -> CheckResult:
     console = Console(soft_wrap=True, highlight=False, quiet=not assembly.runtime.first)
     table, width = shapes(assembly, *others), width_of(console)
     for line in describe(config, assembly, table, others=others, width=width):
+        console.print(line, markup=False)
+    for line in wrapped("cache", cost_of_cache(config.data, assembly.data.train), width):
         console.print(line, markup=False)
     cost = preflight(config, assembly, others=others, timed=2)
     for line in ["", *cost.lines(config.data.batch_size, width)]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from featdistill.config.sections import (
+    CachedDataConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -33,6 +34,7 @@ from featdistill.engine.tracking import say
 from featdistill.models.backbone import Backbone
 from featdistill.models.blocks import compile_blocks, recompute_blocks
 from featdistill.models.load import load_backbone
+from featdistill.tasks.caches import check_cache
 
 PartName = Literal["train", "val", "test"]
 
@@ -68,6 +70,8 @@ def model_of(
 
 def data_of(config: DataConfig, seed: int) -> Data:
     """The data that a configuration names, without its label budget."""
+    if isinstance(config, CachedDataConfig):
+        check_cache(config)
     return open_data(
         config.path,
         val=config.val,

@@ -29,6 +29,7 @@ from featdistill.evaluation.paired import LEVEL, RESAMPLES, Hits, Paired, paired
 from featdistill.models.backbone import Backbone
 from featdistill.models.weights import tensors_hash
 from featdistill.tasks import compare_segmentation
+from featdistill.tasks.caches import kept_images
 from featdistill.tasks.common import data_of, plain, runtime_of, schedule_of
 from featdistill.tasks.compare_fits import (
     Progress,
@@ -132,6 +133,7 @@ def _prepare(
     for row in rows:  # whether its features suit the classifier
         classification(row.make(config.run.seed), config, classes=classes, runtime=runtime)
     segmentation = compare_segmentation.prepare(config, rows, runtime)
+    train, held = kept_images(config.data, train, held, runtime=runtime)
     folder = open_run(
         config.run.out,
         config,

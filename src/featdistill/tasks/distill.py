@@ -13,6 +13,7 @@ from rich.text import Text
 from featdistill.config.commands import DistillConfig
 from featdistill.core.records import write_record
 from featdistill.core.seeds import SampleStream
+from featdistill.data.holdout import without
 from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.best import read_best
 from featdistill.engine.loop import FitResult, Plan, fit
@@ -23,6 +24,7 @@ from featdistill.models.backbone import Origin
 from featdistill.models.export import Exported, export_timm
 from featdistill.models.exports.card import public_name
 from featdistill.tasks.assembly import Assembly, assemble, optimizer_of
+from featdistill.tasks.caches import kept_images
 from featdistill.tasks.common import plain, plan_of
 from featdistill.tasks.describe import describe, shapes, width_of
 from featdistill.tasks.preflight import preflight
@@ -60,7 +62,7 @@ def run(config: DistillConfig) -> DistillResult:
 
         return run_several(config)
     check_out(config.run.out, resume=config.run.resume)
-    assembly = assemble(config)
+    [assembly] = with_cache(config, [assemble(config)])
     lines = announce(config, assembly)
     folder = open_run(
         config.run.out,
@@ -95,6 +97,20 @@ def run(config: DistillConfig) -> DistillResult:
         result.seconds,
         result.last,
     )
+
+
+def with_cache(config: DistillConfig, assemblies: Sequence[Assembly]) -> list[Assembly]:
+    """Assemblies that share their images, with those where they are to be kept."""
+    first = assemblies[0]
+    train, *scored = kept_images(
+        config.data,
+        first.data.train,
+        *(() if first.held.images is None else (first.held.images,)),
+        runtime=first.runtime,
+    )
+    held = replace(first.held, train=train, images=scored[0] if scored else None)
+    data = without(first.data, held)
+    return [replace(assembly, data=data, held=held) for assembly in assemblies]
 
 
 def plan_to_distill(config: DistillConfig, assembly: Assembly, taught: TeacherPass | None) -> Plan:

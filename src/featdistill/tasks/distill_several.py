@@ -31,6 +31,7 @@ from featdistill.tasks.distill import (
     plan_to_distill,
     say_next,
     teach,
+    with_cache,
 )
 from featdistill.tasks.signal import Signal
 from featdistill.tasks.teacher_cache import TeacherPass
@@ -44,7 +45,7 @@ def run_several(config: DistillConfig) -> DistillResult:
     """
     check_out(config.run.out, resume=config.run.resume)
     configs = students_of(config)
-    assemblies = assemble_all(configs)
+    assemblies = with_cache(config, assemble_all(configs))
     runtime = assemblies[0].runtime
     lines = announce(config, assemblies[0], assemblies[1:])
     steps = assemblies[0].schedule.steps

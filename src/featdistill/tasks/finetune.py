@@ -29,6 +29,7 @@ from featdistill.models.classifier import build_classifier, keeps_head
 from featdistill.models.export import export_timm
 from featdistill.models.exports.card import public_name
 from featdistill.objectives.classification import Classification
+from featdistill.tasks.caches import kept_images
 from featdistill.tasks.common import (
     data_of,
     model_of,
@@ -253,6 +254,7 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     runtime = runtime_of(config.run)
     backbone = model_of(config.model, image_size=config.view.image_size, seed=config.run.seed)
     objective = classification(backbone, config, classes=classes, runtime=runtime)
+    seen, scored = kept_images(config.data, train, held, runtime=runtime)
     folder = open_run(
         config.run.out,
         config,
@@ -271,8 +273,8 @@ def run(config: FinetuneConfig) -> FinetuneResult:
     tuned = tune(
         objective,
         config,
-        train=train,
-        held=held,
+        train=seen,
+        held=scored,
         runtime=runtime,
         folder=folder,
         title="fine-tuning",

@@ -24,6 +24,7 @@ from featdistill.config.commands import DistillConfig
 from featdistill.core.errors import FeatDistillError, NonFiniteError, RunError
 from featdistill.core.seeds import SampleStream, seeded_globals
 from featdistill.core.types import Batch
+from featdistill.data.device_cache import DeviceImages, device_batches
 from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.batches import is_out_of_memory
 from featdistill.engine.optimizer import set_rates
@@ -156,6 +157,8 @@ def preflight(
     assert found is not None
     loading, teacher, student, memory, loss = found
     workers = config.data.workers
+    if isinstance(assembly.data.train, DeviceImages):
+        workers = 0
     cost = Cost(
         loading=loading,
         filling=None,
@@ -216,18 +219,26 @@ def _measure(
 
 def _load(config: DistillConfig, assembly: Assembly, count: int) -> tuple[list[Batch], float]:
     """The run's first batches, and the seconds that the fastest took."""
-    loader = training_batches(
-        assembly.data.train,
-        assembly.view,
-        batch_size=config.data.batch_size,
-        seed=config.run.seed,
-        start=0,
-        stop=count,
-        workers=0,
-        share=assembly.runtime.share,
-    )
+    source, share = assembly.data.train, assembly.runtime.share
+    size, seed = config.data.batch_size, config.run.seed
+    if isinstance(source, DeviceImages):
+        loaded = device_batches(
+            source, assembly.view, batch_size=size, seed=seed, start=0, stop=count, share=share
+        )
+    else:
+        loader = training_batches(
+            source,
+            assembly.view,
+            batch_size=size,
+            seed=seed,
+            start=0,
+            stop=count,
+            workers=0,
+            share=share,
+        )
+        loaded = plainly(loader)
     batches, times, began = [], [], time.monotonic()
-    for batch in plainly(loader):
+    for batch in loaded:
         batches.append(batch)
         times.append(time.monotonic() - began)
         began = time.monotonic()

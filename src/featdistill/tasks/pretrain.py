@@ -19,6 +19,7 @@ from featdistill.models.export import export_timm
 from featdistill.models.exports.card import FRESH, public_name
 from featdistill.models.students import build_student
 from featdistill.objectives.contrastive import SimCLR
+from featdistill.tasks.caches import kept_images
 from featdistill.tasks.common import (
     data_of,
     plain,
@@ -59,6 +60,7 @@ def run(config: PretrainConfig) -> PretrainResult:
     runtime = runtime_of(config.run)
     objective = _objective(config)
     settle(runtime, objective.backbone, config.run)
+    [train] = kept_images(config.data, data.train, runtime=runtime)
     folder = open_run(
         config.run.out,
         config,
@@ -79,7 +81,7 @@ def run(config: PretrainConfig) -> PretrainResult:
     result = fit(
         objective,
         adamw(groups, betas=config.optimizer.betas),
-        plan_of(config, data.train, _view(config), schedule, title="pre-training"),
+        plan_of(config, train, _view(config), schedule, title="pre-training"),
         runtime=runtime,
         folder=folder,
         resume=config.run.resume,

@@ -27,6 +27,7 @@ from featdistill.models.pooling import vector_of
 from featdistill.models.probed import probed_classifier
 from featdistill.models.weights import tensors_hash
 from featdistill.report.tables import of_seeds
+from featdistill.tasks.caches import kept_images
 from featdistill.tasks.common import data_of, model_of, plain, runtime_of
 from featdistill.tasks.finetune import check_labels
 from featdistill.tasks.finetune_record import by_class
@@ -82,6 +83,7 @@ def run(config: ProbeCommandConfig) -> ProbeResult:
     device = torch.device(pick_device(config.run.device)) if runtime is None else runtime.device
     models = _models(config, names)
     first = runtime is None or runtime.first
+    train, held = kept_images(config.data, train, held, runtime=runtime)
     folder = open_run(
         config.run.out,
         config,

@@ -14,7 +14,7 @@ from featdistill.config.commands.base import (
     Command,
 )
 from featdistill.config.sections import (
-    DataConfig,
+    DiskCachedDataConfig,
     FinetuneOptimizerConfig,
     FinetuneScheduleConfig,
     FinetuneViewConfig,
@@ -125,7 +125,7 @@ class CompareConfig(Command):
     )
     knn: KnnConfig | None = Field(KnnConfig(), description="nearest neighbours beside it, or none")
     segment: SegmentRowConfig = SegmentRowConfig()
-    data: DataConfig
+    data: DiskCachedDataConfig
     view: FinetuneViewConfig = FinetuneViewConfig()
     mix: MixConfig = MixConfig()
     pool: Literal[Pool.MEAN, Pool.CLS] = Field(

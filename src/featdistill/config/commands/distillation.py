@@ -17,7 +17,7 @@ from featdistill.config.commands.base import (
     Command,
 )
 from featdistill.config.sections import (
-    DataConfig,
+    CachedDataConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -65,7 +65,7 @@ class DistillConfig(Command):
 
     teacher: TeacherConfig
     student: StudentConfig = StudentConfig()
-    data: DataConfig
+    data: CachedDataConfig
     view: ViewConfig = ViewConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -76,6 +76,11 @@ class DistillConfig(Command):
 
     @model_validator(mode="after")
     def _still_teacher(self) -> DistillConfig:
+        if self.teacher_cache.folder and self.data.cache == "device":
+            raise ValueError(
+                "--data.cache device brings no teacher's features along; give --data.cache disk, "
+                "or leave out --teacher-cache"
+            )
         if self.teacher_cache.folder and self.teacher.drop_path:
             raise ValueError(
                 f"--teacher-cache keeps one answer to each view, and a teacher with a drop path of "

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from featdistill.config.commands.base import DATA, RUN, Command
 from featdistill.config.sections import (
     CropConfig,
-    DataConfig,
+    DiskCachedDataConfig,
     Positive,
     Rate,
     RunConfig,
@@ -134,7 +134,7 @@ class ProbeCommandConfig(Command):
     weights: tuple[str, ...] = Field(
         ("hub",), description="hub, random or a file; once, or once for each model"
     )
-    data: DataConfig
+    data: DiskCachedDataConfig
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         (1, 2, 3), min_length=1, description="seeds: of label budget, choice, order and crops"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from featdistill.config.commands.base import (
     DATA,
@@ -14,9 +14,9 @@ from featdistill.config.commands.base import (
     Command,
 )
 from featdistill.config.sections import (
+    CachedDataConfig,
     ContrastiveConfig,
     ContrastiveViewConfig,
-    DataConfig,
     FinetuneOptimizerConfig,
     FinetuneScheduleConfig,
     FinetuneViewConfig,
@@ -49,12 +49,21 @@ class PretrainConfig(Command):
     }
 
     model: NewModelConfig = NewModelConfig()
-    data: DataConfig
+    data: CachedDataConfig
     view: ContrastiveViewConfig = ContrastiveViewConfig()
     objective: ContrastiveConfig = ContrastiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr_per_512=1e-3)
     schedule: ScheduleConfig = ScheduleConfig(epochs=100, warmup=0.1)
     run: TrainRunConfig
+
+    @model_validator(mode="after")
+    def _cut_where(self) -> PretrainConfig:
+        if self.data.cache == "device":
+            raise ValueError(
+                "--data.cache device cannot cut SimCLR's views (colour, blur); give --data.cache "
+                "disk"
+            )
+        return self
 
 
 class FinetuneConfig(Command):
@@ -79,7 +88,7 @@ class FinetuneConfig(Command):
     }
 
     model: ModelConfig
-    data: DataConfig
+    data: CachedDataConfig
     view: FinetuneViewConfig = FinetuneViewConfig()
     mix: MixConfig = MixConfig()
     pool: Literal[Pool.MEAN, Pool.CLS] = Field(
@@ -100,3 +109,12 @@ class FinetuneConfig(Command):
     optimizer: FinetuneOptimizerConfig = FinetuneOptimizerConfig()
     schedule: FinetuneScheduleConfig = FinetuneScheduleConfig(epochs=100)
     run: TrainRunConfig
+
+    @model_validator(mode="after")
+    def _cut_where(self) -> FinetuneConfig:
+        if self.data.cache == "device" and self.view.randaugment is not None:
+            raise ValueError(
+                "--data.cache device cannot cut views with RandAugment; give --data.cache disk, or "
+                "--view.randaugment none"
+            )
+        return self
