@@ -20,7 +20,7 @@ from featdistill.data.sources import Source
 from featdistill.data.views import View
 
 # side of the images times side of the views, above which a CPU is slower at matrix products
-_PRODUCTS = 96 * 96
+_PRODUCTS = 64 * 96
 _WASTE = 2.0  # memory over what the images have, at most
 _FIX = "give --data.cache disk, or --data.cache_short_side N for smaller images"
 
