@@ -74,6 +74,21 @@ def test_the_weights_are_those_of_no_cache(
 
 
 @exact
+@pytest.mark.parametrize("kind", ["device", "disk"])
+def test_several_students_of_one_cache(
+    kind: str, teacher: Path, photos: Path, tmp_path: Path, cache: Path
+) -> None:
+    for name in ("none", kind):
+        options: dict[str, Any] = {**TINY, "steps": 3, "batch_size": 10}
+        options["data"] = {"path": str(photos), "bad_image_limit": 0.5, "cache": name}
+        shape = {"name": ["vit-t", "vit-t"], **SHAPE}
+        featdistill.distill(teacher=teacher, student=shape, out=tmp_path / name, **options)
+    for student in ("vit-t", "vit-t-2"):
+        assert differing(tmp_path / "none" / student, tmp_path / kind / student) == []
+    assert cache.exists() == (kind == "disk")
+
+
+@exact
 @pytest.mark.parametrize(("first", "second"), [("device", "none"), ("none", "device")])
 def test_a_run_goes_on_with_another_cache(
     first: str, second: str, teacher: Path, photos: Path, tmp_path: Path
