@@ -14,7 +14,7 @@ class BenchConfig(Command):
     """Time a part of the project beside doing it plainly."""
 
     summary = "time a part of the project beside the same done plainly"
-    example = "featdistill bench diagnose --batch-size 8"
+    example = "featdistill bench step --changes"
     flat = {
         "what": "what",
         "data": "data",
