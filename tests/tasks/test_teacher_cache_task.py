@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import featdistill
-from featdistill.config.sections import DataConfig
+from featdistill.config.sections import CachedDataConfig
 from featdistill.core.errors import ConfigError, DataError, RunError
 from featdistill.data import teacher_cache as files
 from featdistill.data.views import CropView
@@ -335,7 +335,16 @@ def test_a_cache_of_something_else_is_refused(
 
 def test_every_setting_of_the_data_is_known_to_change_pixels_or_not() -> None:
     """A new one is taken to change them until somebody says otherwise."""
-    assert set(DataConfig.model_fields) >= _NO_PIXEL
+    assert set(CachedDataConfig.model_fields) >= _NO_PIXEL
+
+
+def test_decoded_images_on_disk_are_the_same_images(
+    teacher: Path, images: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureDistillation, "teacher_features", never)
+    data = {"path": str(images), "cache": "disk", "cache_folder": str(tmp_path / "decoded")}
+    distill(teacher, tmp_path / "run", copied(whole, tmp_path), data=data)
+    assert differing(whole / "run", tmp_path / "run") == []
 
 
 def test_another_teacher_is_refused(teacher: Path, student: Path, whole: Path) -> None:

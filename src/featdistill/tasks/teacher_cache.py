@@ -38,7 +38,7 @@ _GROUP = 64  # images that the teacher sees at once; another number would change
 # settings of the data that change no pixel, or that the images' fingerprint tells; others may
 _NO_PIXEL = {
     *("path", "val", "val_fraction", "labels", "batch_size"),
-    *("workers", "bad_images", "bad_image_limit"),
+    *("workers", "bad_images", "bad_image_limit", "cache", "cache_folder"),
 }
 
 
