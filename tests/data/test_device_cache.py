@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,3 +207,32 @@ def test_the_free_memory_of_this_machine() -> None:
     found = free_memory(CPU)
     assert found is not None
     assert 1 << 20 < found < 1 << 50
+
+
+def test_files_that_were_read_leave_a_container_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_cache, "_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("999000\n")
+    (tmp_path / "memory.stat").write_text("anon 500\nactive_file 200\ninactive_file 3000\n")
+    assert free_memory(CPU) == 1000 + 3200
+
+
+def test_blocks_are_given_up_as_they_are_put_in_place(
+    source: Mixed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or all images would be in memory twice."""
+    left: list[int] = []
+    real = torch.zeros
+
+    def zeros(*shape: Any, **options: Any) -> Tensor:
+        left.append(sum(type(thing) is Block for thing in gc.get_objects()))
+        return real(*shape, **options)
+
+    monkeypatch.setattr("featdistill.data.kept._BLOCK", 1000)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    on_device(source)
+    _, *filling = left  # one fewer each time
+    assert len(filling) > 4
+    assert filling == list(range(filling[0], filling[0] - len(filling), -1))

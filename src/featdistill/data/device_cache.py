@@ -22,6 +22,8 @@ from featdistill.data.views import View
 # side of the images times side of the views, above which a CPU is slower at matrix products
 _PRODUCTS = 64 * 96
 _WASTE = 2.0  # memory over what the images have, at most
+_GROUP = Path("/sys/fs/cgroup")  # a container's limit
+_FILES = ("active_file", "inactive_file")
 _FIX = "give --data.cache disk, or --data.cache_short_side N for smaller images"
 
 
@@ -72,8 +74,8 @@ def to_device(
         DataError: the device has too little room, or the sizes differ so much that much of it
             would be padding; seen from a sample, before the images are decoded.
     """
-    guess = estimate(source, short_side)
-    _check(source, guess, device, copies, "of a sample of 64")
+    guess, free = estimate(source, short_side), free_memory(device)
+    _check(source, guess, device, copies, free, "of a sample of 64")
     blocks, done = list[Block](), 0
     for block in decoded(
         source,
@@ -94,20 +96,21 @@ def to_device(
         width=width,
         sizes=len(sizes[sizes[:, 0] > 0].unique(dim=0)),
     )
-    _check(source, exact, device, copies, "")
+    # of the memory that was free before: what the blocks take is given up as they are put in place
+    _check(source, exact, device, copies, free, "")
+    reasons = {index: why for b in blocks for index, why in b.reasons.items()}
     try:
         pixels = torch.zeros(len(sizes), height, 3, width, dtype=torch.uint8, device=device)
         _fill(pixels, blocks)
     except torch.OutOfMemoryError:
-        raise _too_large(source, exact, device, copies, free_memory(device)) from None
-    reasons = {index: why for b in blocks for index, why in b.reasons.items()}
+        raise _too_large(source, exact, device, copies, free) from None
     return DeviceImages(source, pixels=pixels, sizes=sizes.numpy(), reasons=reasons)
 
 
 def _fill(pixels: Tensor, blocks: list[Block]) -> None:
-    """Put decoded images in their places; the blocks are given up one by one."""
+    """Put decoded images in their places; the blocks are taken out of their list one by one."""
     first = 0
-    blocks = blocks[::-1]
+    blocks.reverse()
     while blocks:
         block = blocks.pop()
         count, start = len(block.sizes), 0
@@ -121,7 +124,14 @@ def _fill(pixels: Tensor, blocks: list[Block]) -> None:
         first += count
 
 
-def _check(source: Source, found: Estimate, device: torch.device, copies: int, sample: str) -> None:
+def _check(
+    source: Source,
+    found: Estimate,
+    device: torch.device,
+    copies: int,
+    free: int | None,
+    sample: str,
+) -> None:
     """Raise DataError if images do not fit, or not well."""
     if found.padded > _WASTE * found.pixels:
         which = f"{found.sizes} sizes {sample}".strip()
@@ -132,7 +142,6 @@ def _check(source: Source, found: Estimate, device: torch.device, copies: int, s
             expected=f"at most {_WASTE:g} times their own size (--data.cache device)",
             fix="give --data.cache disk",
         )
-    free = free_memory(device)
     if free is not None and copies * found.padded > free:
         raise _too_large(source, found, device, copies, free)
 
@@ -159,13 +168,14 @@ def free_memory(device: torch.device) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         found += [1024 * int(li.split()[1]) for li in lines if li.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")  # a container's limit
-        limit, used = (
-            (group / name).read_text(encoding="ascii").strip()
-            for name in ("memory.max", "memory.current")
+        limit, used, parts = (
+            (_GROUP / name).read_text(encoding="ascii").strip()
+            for name in ("memory.max", "memory.current", "memory.stat")
         )
         if limit != "max":
-            found.append(int(limit) - int(used))
+            # files that were read count as used, and go when memory is wanted
+            files = [int(li.split()[1]) for li in parts.splitlines() if li.split()[0] in _FILES]
+            found.append(int(limit) - int(used) + sum(files))
     except (OSError, ValueError, IndexError):
         pass
     return max(0, min(found)) if found else None
