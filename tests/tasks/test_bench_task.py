@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from featdistill.core.errors import RunError
 from featdistill.tasks.bench import load
 from featdistill.tasks.bench.common import in_turn
 from featdistill.tasks.bench.photographs import photograph
+from featdistill.tasks.bench.processes import _serve
 
 SMALL = ("--model", "timm/vit_tiny_patch16_224", "--image-size", "64", "--device", "cpu")
 
@@ -40,6 +42,7 @@ def test_loading_beside_the_official_way(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("featdistill.tasks.bench.data._STEPS", 4)
+    monkeypatch.setattr("featdistill.tasks.bench.data._EACH", 4)
     few = ("--images", "2", "--rounds", "2", "--image-size", "160")
     assert main(["bench", "data", *few, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -102,7 +105,7 @@ def test_start_up_and_files_beside_their_references(
     monkeypatch.setattr(
         load, "_commands", lambda *_: {name: lambda s=s: s for name, s in fakes.items()}
     )
-    words = ["bench", "load", *SMALL, "--rounds", "2"]
+    words = ["bench", "load", *SMALL[:2], *SMALL[4:], "--rounds", "2"]
     assert main([*words, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["processes"]["first_step"] == {"median": 3, "min": 3, "max": 3, "ratio": 1.5}
@@ -158,3 +161,39 @@ def test_files_are_made_of_timms_models(capsys: pytest.CaptureFixture[str]) -> N
     assert (
         "error: bench load writes files of 'vit-b'; expected timm/NAME" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data", "--profile", "trace"], "--profile is of bench step, and of no use to data"),
+        (["step", "--images", "9"], "--images is of bench data, and of no use to step"),
+        (["load", "--batch-size", "4"], "--batch-size is of bench step or diagnose or landscape"),
+    ],
+)
+def test_options_of_another_benchmark_are_refused(
+    capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["bench", *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_too_little_memory_in_a_process_is_one_line(error: type[Exception]) -> None:
+    asked, told = iter([True]), list[Any]()
+
+    class Line:
+        send = told.append
+
+        def recv(self) -> bool:
+            if next(asked, None) is None:
+                raise EOFError
+            return True
+
+    def hungry() -> Any:
+        raise error("out of memory")
+
+    _serve(Line(), hungry, {})  # type: ignore[arg-type]
+    [found] = told
+    assert isinstance(found, RunError)
+    assert "give a smaller --batch-size" in str(found)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from featdistill.config.commands.base import Command
 from featdistill.config.sections import Positive, Precision, Rate
+
+# what each of these options is of; the others are of all
+_OF = {
+    **dict.fromkeys(("data", "images"), ("data",)),
+    **dict.fromkeys(("teacher", "student", "drop_path", "precision"), ("step",)),
+    **dict.fromkeys(("cached", "changes", "profile"), ("step",)),
+    "model": ("diagnose", "landscape", "load"),
+    "image_size": ("step", "data", "diagnose", "landscape"),
+    "batch_size": ("step", "diagnose", "landscape"),
+}
 
 
 class BenchConfig(Command):
@@ -74,3 +84,14 @@ class BenchConfig(Command):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
     threads: Positive | None = Field(None, description="CPU threads; all cores by default")
     as_json: bool = Field(False, description="print one JSON object")
+
+    @model_validator(mode="after")
+    def _of_what(self) -> BenchConfig:
+        for name, whose in _OF.items():
+            given = getattr(self, name) != type(self).model_fields[name].default
+            if given and self.what not in whose:
+                option = name.replace("_", "-")
+                raise ValueError(
+                    f"--{option} is of bench {' or '.join(whose)}, and of no use to {self.what}"
+                )
+        return self

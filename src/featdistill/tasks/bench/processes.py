@@ -9,8 +9,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from featdistill.core.errors import FeatDistillError, RunError
+from featdistill.engine.batches import is_out_of_memory
 
 Work = Callable[[], Any]
+_LESS = "see whether memory is short; give a smaller --batch-size"
 
 
 class Distant:
@@ -43,7 +45,7 @@ class Distant:
             self._process.join()
             raise RunError(
                 f"the process of '{self.name}' died (exit status {self._process.exitcode})",
-                fix="see whether memory is short; give a smaller --batch-size",
+                fix=_LESS,
             ) from None
         if isinstance(found, FeatDistillError):
             raise found
@@ -84,5 +86,9 @@ def _serve(line: Connection, make: Callable[..., Work], arguments: dict[str, Any
             line.send(work())
         except FeatDistillError as error:
             line.send(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            line.send(RunError("there is too little memory for all ways side by side", fix=_LESS))
         except KeyboardInterrupt:
             return
