@@ -25,7 +25,7 @@ from featdistill.data.loader import (
     steps_per_epoch,
     training_batches,
 )
-from featdistill.data.sources import ArraySource
+from featdistill.data.sources import ArraySource, digits
 from featdistill.data.views import CropView, EvalView
 
 N = 22
@@ -233,6 +233,16 @@ def test_default_workers_leave_a_core(
     assert default_workers(processes) == workers
     assert Share(0, processes).workers == workers
     assert Share(0, 4 * processes, here=processes).workers == workers, "of four machines"
+
+
+def test_listed_images_are_read_by_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr(loader, "_QUOTA", Path("no such file"))
+    train, _ = digits()
+    batches = [range(i, i + 32) for i in range(0, 1184, 32)]
+    for share, workers in ((Share(), 15), (Share(1, 4), 3)):
+        listed = listed_batches(train, VIEW, batches=batches, share=share)
+        assert listed.num_workers == workers
 
 
 @pytest.mark.parametrize(

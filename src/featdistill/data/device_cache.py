@@ -14,7 +14,7 @@ from featdistill.core.types import Batch, Replaced
 from featdistill.data.batched_views import BatchedCrop, Cutter, batched
 from featdistill.data.decode import BadImage
 from featdistill.data.joint_views import JointView
-from featdistill.data.kept import Block, Estimate, Kept, decoded, estimate, in_words
+from featdistill.data.kept import ALONE, Block, Estimate, Kept, decoded, estimate, in_words
 from featdistill.data.loader import ATTEMPTS, RunSampler, Share, hopeless, stand_in
 from featdistill.data.sources import Source
 from featdistill.data.views import View
@@ -59,6 +59,7 @@ def to_device(
     *,
     short_side: int | None = None,
     workers: int | None = None,
+    share: Share = ALONE,
     copies: int = 1,
     progress: Callable[[int], None],
 ) -> DeviceImages:
@@ -67,6 +68,7 @@ def to_device(
     Args:
         short_side: of larger images, which become smaller; None: all stay as they are.
         workers: loading processes; None: by the cores.
+        share: this process among all, which decode at once.
         copies: processes that each keep the images in the same memory.
         progress: is told how many images are decoded.
 
@@ -82,6 +84,7 @@ def to_device(
         short_side=short_side,
         mean_bytes=guess.pixels // max(1, len(source)),
         workers=workers,
+        share=share,
     ):
         # out of the memory that processes share, each piece of which is an open file
         blocks.append(Block(block.pixels.clone(), block.sizes.clone(), block.reasons))

@@ -15,13 +15,14 @@ from torchvision.transforms.v2 import functional as F
 from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator, torch_generator
 from featdistill.data.decode import BadImage
-from featdistill.data.loader import default_workers
+from featdistill.data.loader import Share
 from featdistill.data.sources import Source
 from featdistill.data.workers import AtWork, processes, trouble_of
 
 _SAMPLE = 64
 _BLOCK = 1 << 22  # bytes of images that travel together between processes
 _FEW = 1024
+ALONE = Share()
 
 
 class Kept(ABC):
@@ -158,14 +159,21 @@ class _Blocks(Dataset[Block]):
 
 
 def decoded(
-    source: Source, *, short_side: int | None, mean_bytes: int, workers: int | None, start: int = 0
+    source: Source,
+    *,
+    short_side: int | None,
+    mean_bytes: int,
+    workers: int | None,
+    share: Share = ALONE,
+    start: int = 0,
 ) -> Iterator[Block]:
     """A source's images from `start` on, decoded by loading processes, in order.
 
     Args:
         short_side: see `read_shrunk`.
         mean_bytes: of a decoded image, about.
-        workers: loading processes; None: by the cores, and none for a few images.
+        workers: loading processes; None: by this process's share of the cores, and none for a few
+            images.
 
     Raises:
         DataError: a loading process was killed or hangs.
@@ -173,7 +181,7 @@ def decoded(
     size = max(1, min(512, _BLOCK // max(1, mean_bytes)))
     blocks = _Blocks(source, short_side, start, size)
     if workers is None:
-        workers = 0 if len(source) - start < _FEW else default_workers()
+        workers = 0 if len(source) - start < _FEW else share.workers
     loader: DataLoader[Block] = DataLoader(
         blocks,
         batch_size=None,

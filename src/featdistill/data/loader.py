@@ -356,16 +356,18 @@ def listed_batches(
     *,
     batches: Sequence[Sequence[int]],
     workers: int | None = None,
+    share: Share = Share(),
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """Given batches of a source's images; the unreadable ones are black, and named in `replaced`.
 
     Args:
         batches: the images' numbers, batch by batch.
-        workers: loading processes; None: by the cores, and none for a few images.
+        workers: loading processes; None: by this process's share of the cores, and none for a few
+            images.
     """
     if workers is None:
-        workers = 0 if sum(map(len, batches)) < _FEW else default_workers()
+        workers = 0 if sum(map(len, batches)) < _FEW else share.workers
     return DataLoader(
         _Blackened(source, view),  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]

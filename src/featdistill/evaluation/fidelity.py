@@ -126,7 +126,7 @@ def fidelity(
     batches = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     sums = _Sums(objective)
     if batches:
-        loader = listed_batches(source, view, batches=batches, workers=workers)
+        loader = listed_batches(source, view, batches=batches, workers=workers, share=share)
         with undisturbed(objective), autocast():
             for batch in plainly(loader):
                 sums.add(batch)

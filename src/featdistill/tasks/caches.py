@@ -84,6 +84,7 @@ def _on_device(config: CachedDataConfig, source: Source, runtime: Runtime) -> So
             runtime.device,
             short_side=config.cache_short_side,
             workers=config.workers,
+            share=runtime.share,
             # processes share the memory of a machine, not that of their devices
             copies=runtime.processes_here if runtime.device.type == "cpu" else 1,
             progress=lambda done: bar(done, len(source)),

@@ -277,6 +277,7 @@ class TeacherPass:
             _Fixed(self.view, self.cache.seed, view),
             batches=[group for of_shard in groups for group in of_shard],
             workers=workers,
+            share=self.runtime.share,
             pin_memory=self.runtime.device.type == "cuda",
         )
         batches = plainly(loader)
