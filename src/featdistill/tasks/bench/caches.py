@@ -1,4 +1,4 @@
-"""What `bench` times of the caches: the same batches, decoded each time and kept."""
+"""What docs/performance-cache.md was measured by: the same batches, decoded each time and kept."""
 
 from __future__ import annotations
 
