@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from featdistill.cli.main import main
 from featdistill.core.types import Batch
 from featdistill.data.sources import digits
 from featdistill.data.views import CropView
@@ -32,3 +34,17 @@ def test_the_works_load_the_same_images(tmp_path: Path, monkeypatch: pytest.Monk
             assert len(one) == 16
             assert torch.equal(one.indices, two.indices)
             assert (one.images.int() - two.images.int()).abs().max() <= (0 if EXACT else 1)
+
+
+def test_the_command_says_what_each_way_does(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    few = ("--data", "digits", "--images", "40", "--image-size", "8", "--rounds", "1")
+    assert main(["bench", "caches", *few, "--device", "cpu", "--json"]) == 0
+    ways = json.loads(capsys.readouterr().out)["ways"]
+    assert ways["plain"]["ratio"] == 1
+    assert all(ways[way]["images_per_second"] > 0 for way in ("plain", "disk", "device"))
+    assert main(["bench", "caches", *few, "--device", "cpu"]) == 0
+    assert "--data.cache device" in capsys.readouterr().err
+    assert main(["bench", "caches"]) == 2
+    assert "needs images of one size" in capsys.readouterr().err

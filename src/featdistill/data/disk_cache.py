@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +209,12 @@ def stamp(source: Source) -> int | None:
 
 def _head(identity: Mapping[str, Any], short_side: int | None, images: int) -> dict[str, Any]:
     """What an entry must have been made of."""
-    import PIL
-
+    versions = {name: metadata.version(name) for name in ("pillow", "simplejpeg")}
+    if short_side is not None:
+        versions["torch"] = torch.__version__  # which shrinks them
     head = {
         "version": _VERSION,
-        "decoder": f"Pillow {PIL.__version__}",
+        "decoder": versions,
         "short_side": short_side,
         "images": images,
         "identity": dict(identity),

@@ -15,7 +15,7 @@ _OF = {
     **dict.fromkeys(("teacher", "student", "drop_path", "precision"), ("step",)),
     **dict.fromkeys(("cached", "changes", "profile"), ("step",)),
     "model": ("diagnose", "landscape", "load"),
-    "image_size": ("step", "data", "diagnose", "landscape"),
+    "image_size": ("step", "data", "caches", "diagnose", "landscape"),
     "batch_size": ("step", "diagnose", "landscape"),
 }
 
@@ -45,16 +45,18 @@ class BenchConfig(Command):
     }
     positional = "what"
 
-    what: Literal["step", "data", "load", "diagnose", "landscape"] = Field(
+    what: Literal["step", "data", "caches", "load", "diagnose", "landscape"] = Field(
         description="what to time: step (of a distillation, beside the official code's), data "
-        "(reading images, likewise), load (start-up beside importing torch and timm, files beside "
-        "loading them plainly), diagnose (attention beside a plain forward pass) or landscape (its "
-        "points beside plain evaluations)"
+        "(reading images, likewise), caches (of images, beside decoding them), load (start-up "
+        "beside importing torch and timm, files beside loading them plainly), diagnose (attention "
+        "beside a plain forward pass) or landscape (its points beside plain evaluations)"
     )
     data: str | None = Field(
-        None, description="data: a folder of images; made photographs of 500x400 by default"
+        None,
+        description="data: a folder of images, made photographs of 500x400 by default; caches: "
+        "any data whose images have one size",
     )
-    images: Positive = Field(64, description="data: how many images")
+    images: Positive = Field(64, description="data, caches: how many images")
     teacher: str = Field(
         "timm/vit_base_patch16_224", description="step: teacher, with random weights"
     )
@@ -75,7 +77,7 @@ class BenchConfig(Command):
         description="diagnose, landscape, load: model, with random weights",
     )
     image_size: Positive | None = Field(
-        None, description="side in pixels; the model's own, or 224 for data"
+        None, description="side in pixels; the model's own, or 224 for data, 32 for caches"
     )
     batch_size: Positive | None = Field(
         None, description="images of a step (4; CUDA 128), of a pass or an evaluation (8)"

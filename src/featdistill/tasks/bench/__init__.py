@@ -13,6 +13,7 @@ from featdistill.tasks.bench.common import Outcome
 _HOMES = {
     "step": "step",
     "data": "data",
+    "caches": "caches",
     "load": "load",
     "diagnose": "attention",
     "landscape": "landscape",

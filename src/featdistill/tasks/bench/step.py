@@ -15,7 +15,7 @@ from featdistill.engine.runtime import pick_device
 from featdistill.engine.tracking import say
 from featdistill.tasks.bench.common import Times, ratio, set_up, table
 from featdistill.tasks.bench.processes import Distant, distant
-from featdistill.tasks.bench.ways import WAYS, Setting, make, products
+from featdistill.tasks.bench.ways import COPIED, WAYS, Setting, make, products
 
 _OURS = "featdistill"
 _REFERENCE = "reference"
@@ -28,7 +28,7 @@ class StepCost:
     Attributes:
         times: seconds of a step, by way; the first is the reference, the last `distill`'s own.
         losses: of each way's first step: they start from the same weights and images.
-        products: seconds of a product of two matrices of side 3072, by precision.
+        products: seconds of a product of two matrices of side 3072, by precision; and of a copy.
         flops: operations of a step for each image, by way.
         precision: of each way's products.
         images: of a step.
@@ -46,6 +46,11 @@ class StepCost:
     def ceiling(self, way: str) -> float:
         """Operations a second of large products in a way's precision."""
         return 2 * 3072**3 / self.products[self.precision[way]].median
+
+    @property
+    def copied(self) -> float:
+        """Bytes a second that a copy reads and writes."""
+        return 2 * COPIED / self.products["copy"].median
 
     def fraction(self, way: str) -> float:
         """Of the ceiling that a way reaches."""
@@ -69,13 +74,14 @@ class StepCost:
         rates = ", ".join(
             f"{name} {2 * 3072**3 / times.median / 1e9:,.0f}"
             for name, times in self.products.items()
+            if name != "copy"
         )
         return [
             f"{at['teacher']} -> {at['student']}, {self.images} images a step, {at['device']}, "
             f"{at['threads']} threads, {at['rounds']} rounds in turn",
             *table(rows),
             f"{self.flops[_OURS] / 1e9:,.1f} GFLOP an image; products of side 3072, GFLOP/s: "
-            f"{rates}",
+            f"{rates}; a copy in memory: {self.copied / 1e9:,.0f} GB/s",
         ]
 
     def record(self) -> dict[str, Any]:
@@ -89,6 +95,7 @@ class StepCost:
             "flops_per_image": self.flops[_OURS],
             "ceiling_flops_per_second": self.ceiling(_OURS),
             "fraction_of_ceiling": self.fraction(_OURS),
+            "copy_bytes_per_second": self.copied,
             "ways": {
                 way: {
                     "step_seconds": times.record(),
@@ -129,7 +136,9 @@ def run(config: BenchConfig) -> StepCost:
     return StepCost(
         times={way: Times(tuple(r["seconds"] for r in found[way][1:])) for way in ways},
         losses={way: r["loss"] for way, r in first.items()},
-        products={name: Times(tuple(r[name] for r in rates[1:])) for name in ("float32", "bf16")},
+        products={
+            name: Times(tuple(r[name] for r in rates[1:])) for name in ("float32", "bf16", "copy")
+        },
         flops={way: r["flops"] for way, r in first.items()},
         precision={way: r["precision"] for way, r in first.items()},
         images=setting.batch_size,

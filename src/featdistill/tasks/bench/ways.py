@@ -23,10 +23,12 @@ from featdistill.engine.step import TrainingStep
 from featdistill.models.load import load_backbone
 from featdistill.models.students import build_student
 from featdistill.objectives.distillation import FeatureDistillation
+from featdistill.tasks.bench.common import seconds_of
 from featdistill.tasks.bench.flops import flops_per_image
 from featdistill.tasks.bench.reference_step import ReferenceStep
 
 _SIDE = 3072
+COPIED = 1 << 28  # bytes of a copy
 _RATE, _CLIP = 1e-5, 3.0
 _LONG = 1_000_000  # steps of a schedule whose rate hardly moves
 
@@ -171,7 +173,7 @@ class _Losses(Meter):
 
 
 def products(device: str, threads: int | None) -> Callable[[], dict[str, float]]:
-    """Products of square matrices, in both precisions: seconds of one.
+    """What the device does at best: seconds of a product of square matrices, and of a copy.
 
     A GPU is given many at once, since it takes less time for one than the host to ask for it.
     """
@@ -181,16 +183,18 @@ def products(device: str, threads: int | None) -> Callable[[], dict[str, float]]
     square = torch.randn(_SIDE, _SIDE, generator=generator).to(where)
     pairs = {"float32": square, "bf16": square.bfloat16()}
     many = 50 if where.type == "cuda" else 1
+    source = torch.ones(COPIED // 4, device=where)
+    target = torch.empty_like(source)
+    works: dict[str, Callable[[], object]] = {
+        "float32": lambda: pairs["float32"] @ pairs["float32"],
+        "bf16": lambda: pairs["bf16"] @ pairs["bf16"],
+        "copy": lambda: target.copy_(source),
+    }
 
     def work() -> dict[str, float]:
-        found = {}
-        for name, matrix in pairs.items():
-            began = time.perf_counter()
-            for _ in range(many):
-                matrix @ matrix
-            if where.type == "cuda":
-                torch.cuda.synchronize(where)
-            found[name] = (time.perf_counter() - began) / many
-        return found
+        return {
+            name: seconds_of(lambda one=one: [one() for _ in range(many)], where) / many  # type: ignore[misc]
+            for name, one in works.items()
+        }
 
     return work
