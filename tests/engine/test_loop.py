@@ -92,6 +92,24 @@ def test_every_image_once_an_epoch_and_a_row_a_step(tmp_path: Path) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
+def test_a_run_goes_on_in_the_precision_that_it_began_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(Line(), tmp_path, plan(stop_at=2))
+    manifest = Checkpoints(tmp_path / "checkpoints").read(2).manifest
+    assert manifest["precision"] == "float32"
+    objective, runtime = Line(), Runtime(device="cpu")
+    runtime.precision = "bf16"  # as on a machine that is quick at it
+    optimizer = adamw(parameter_groups([("", objective)], weight_decay=0.0), betas=(0.9, 0.999))
+    fit(objective, optimizer, plan(), runtime=runtime, folder=tmp_path, resume=True)
+    assert runtime.precision == "float32"
+    assert "the run began in float32 and goes on in it" in capsys.readouterr().err
+    whole = Line()
+    (tmp_path / "whole").mkdir()
+    train(whole, tmp_path / "whole", plan())
+    assert torch.equal(objective.line.weight, whole.line.weight)
+
+
 def test_weights_equal_a_plain_loop(tmp_path: Path) -> None:
     objective = Line()
     train(objective, tmp_path, plan(clip=0.05))

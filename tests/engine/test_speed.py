@@ -54,6 +54,18 @@ def test_what_is_asked_for_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not told.pays(LARGE)
 
 
+def test_a_resumed_run_keeps_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "bf16_products", lambda: 2.0)
+    left, told = Runtime(device="cpu"), Runtime(device="cpu", precision="bf16")
+    left.settle(LARGE)
+    assert not left.go_on_in("bf16")
+    assert left.go_on_in("float32")
+    left.settle(LARGE)
+    assert left.precision == "float32"
+    assert not told.go_on_in("float32")
+    assert told.precision == "bf16"
+
+
 def test_keeping_memory_is_harmless() -> None:
     speed.keep_memory()
     speed.keep_memory()

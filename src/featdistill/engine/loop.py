@@ -187,6 +187,7 @@ def open_loop(
             meter.restore(checkpoint.files["meter"], runtime)
         start, earlier = checkpoint.step, Spent.of_manifest(checkpoint.manifest)
         say(f"resumed at step {start} from {checkpoint.path}")
+        _same_precision(checkpoint, runtime)
         known = checkpoint.manifest.get("schedules")
         schedules, note = replanned(known, plan.schedule, start)
         if note is not None:
@@ -231,6 +232,7 @@ def open_loop(
             "data_images": len(plan.source),
             "data": data,
             "schedules": schedules,
+            "precision": runtime.precision,
             "environment": computing(environment()) if runtime.first else {},
         },
         best=Best(checkpoints.folder / "best", plan.best, resume=resume, writer=writer)
@@ -238,6 +240,13 @@ def open_loop(
         else None,
         bar=Bar(plan.title, quiet=plan.quiet or not runtime.first),
     )
+
+
+def _same_precision(checkpoint: Checkpoint, runtime: Runtime) -> None:
+    """Go on in the precision that a run began in: by itself, another machine may pick another."""
+    here, begun = runtime.precision, checkpoint.manifest.get("precision")
+    if begun is not None and runtime.go_on_in(begun):  # an earlier version did not write it
+        say(f"note: the run began in {begun} and goes on in it; begun here, it would be in {here}")
 
 
 def _books(plan: Plan, folder: Path, start: int) -> Books:

@@ -102,7 +102,8 @@ class Runtime:
                 fix="give a smaller --run.devices",
             )
         self.attention, self._nodes = attention, nodes
-        self._open = precision == "auto" and kind == "cpu"  # until a model is there to ask
+        self._auto = precision == "auto"
+        self._open = self._auto and kind == "cpu"  # until a model is there to ask
         if precision == "auto":
             precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
         self.precision: Literal["float32", "bf16"] = precision
@@ -155,6 +156,14 @@ class Runtime:
         if self.pays(model):
             self.precision = "bf16"
         self.suit(model)
+
+    def go_on_in(self, precision: Literal["float32", "bf16"]) -> bool:
+        """Compute as a run was begun, if that was left open; whether it changes anything."""
+        if not self._auto:
+            return False
+        changed, self.precision = precision != self.precision, precision
+        self._open = False  # nor does another model of this session change it
+        return changed
 
     def pays(self, model: nn.Module) -> bool:
         """Whether a model is quicker in bf16, where that is left open."""
