@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from featdistill.cli.main import main
 from featdistill.core.errors import NonFiniteError, RunError
 from featdistill.core.types import Batch
+from featdistill.engine import checkpoint
 from featdistill.engine import step as steps
 from featdistill.engine.finite import FiniteWatch
 from featdistill.engine.rundir import read_metrics
@@ -258,3 +260,23 @@ def test_one_process_of_two_stops_both_after_the_same_step(tmp_path: Path) -> No
     assert f"error: step {AT + 1} was not finite (loss); the weights never saw it" in text
     assert len(order(tmp_path)) == AT + 2, "votes are counted a step later"
     assert STEPS > AT + 2
+
+
+def write_slowly(folder: Path, **options: Any) -> None:
+    """A run on a disk that takes seconds for a checkpoint."""
+    real = checkpoint._write
+
+    def write(file: Path, tensors: Any) -> str:
+        time.sleep(1.0)
+        return real(file, tensors)
+
+    checkpoint._write = write
+    run(folder, **options)
+
+
+@pytest.mark.faults
+def test_an_end_that_all_come_to_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    """The process that has nothing to write ends first, and the others soon after."""
+    options = {"fault": bad("loss", rank=1), "checkpoint_every": 3}
+    assert together(tmp_path, 2, work=write_slowly, **options) == [3, 3]
+    assert newest(tmp_path).step == 3

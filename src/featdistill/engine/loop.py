@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from featdistill.core.errors import Interrupted
+from featdistill.core.errors import FeatDistillError, Interrupted
 from featdistill.core.records import computing, environment
 from featdistill.core.seeds import seeded_globals
 from featdistill.core.types import Batch
@@ -339,7 +339,7 @@ class _Loop:
                     self._written()
                 saving = done % plan.checkpoint_every == 0 or final or asked
                 if news or saving:  # so that what ends a run ends it before it is saved
-                    self.ledger.share()
+                    self._share()
                 if saving:
                     self._save(done)
                     saved = done
@@ -359,6 +359,17 @@ class _Loop:
             self.spent.joules,
             tuple(self.facts["schedules"]),
         )
+
+    def _share(self) -> None:
+        """Put findings together; where they end the run, what is in flight is written before.
+
+        They end all processes at once, and one that ends badly leaves the others no time to write.
+        """
+        try:
+            self.ledger.share()
+        except FeatDistillError:
+            self.runtime.first_does(self.writer.settle)
+            raise
 
     def _written(self) -> None:
         """Wait until all is written, or raise why it is not, on all processes."""
