@@ -79,8 +79,9 @@ def run_several(config: DistillConfig) -> DistillResult:
         for a in assemblies
         if a.name in together.results
     }
-    for failure in together.failures.values():
-        raise failure
+    if together.failures:
+        runtime.barrier()  # one that ends badly ends all, and the first process exports the others
+        raise next(iter(together.failures.values()))
     if all(result.finished for result in together.results.values()) and runtime.first:
         say_next(config, [str(result.out) for result in found.values()])
     steps = min(result.steps for result in found.values())
