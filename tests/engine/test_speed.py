@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -64,6 +67,23 @@ def test_a_resumed_run_keeps_its_precision(monkeypatch: pytest.MonkeyPatch) -> N
     assert left.precision == "float32"
     assert not told.go_on_in("float32")
     assert told.precision == "bf16"
+
+
+@pytest.mark.parametrize("most", [0, 1 << 25, 1 << 30])
+def test_what_an_older_library_refuses_is_asked_in_smaller(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    taken = {}
+
+    def mallopt(what: int, value: int) -> int:
+        if what == -3 and value > most:
+            return 0
+        taken[what] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    speed.keep_memory()
+    assert taken == ({-3: most, -1: 2**31 - 1} if most else {})
 
 
 def test_keeping_memory_is_harmless() -> None:

@@ -18,7 +18,7 @@ _WORTH = 1.3  # times as fast as float32
 _LARGE = 192 * 576
 _NEVER = 2**31 - 1
 _TRIM, _MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-_LARGEST_KEPT = 1 << 30
+_LARGEST_KEPT, _OLD_LARGEST = 1 << 30, 1 << 25
 
 
 @cache
@@ -60,6 +60,7 @@ def keep_memory() -> None:
     own environment variables do the same from outside; other libraries have no such call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    # before 2.35, glibc refuses more than 32 MiB; to set the other one alone would keep its own
+    # threshold from growing, at 128 KiB
+    if mallopt is not None and (mallopt(_MAP, _LARGEST_KEPT) or mallopt(_MAP, _OLD_LARGEST)):
         mallopt(_TRIM, _NEVER)
-        mallopt(_MAP, _LARGEST_KEPT)
