@@ -122,6 +122,23 @@ def test_attention_is_still_captured() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_lean_keeps_its_type_where_autocast_changes_a_softmax(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As CUDA's does, which gives float32."""
+    real = torch.softmax
+
+    def softmax(x: Tensor, dim: int) -> Tensor:
+        return real(x.float() if torch.is_autocast_enabled("cpu") else x, dim)
+
+    monkeypatch.setattr(torch, "softmax", softmax)
+    backbone = small_beit()
+    suit_attention(backbone, "lean")
+    with torch.autocast("cpu", torch.bfloat16):
+        _, grads = learn(backbone, images(2, 32))
+    assert all(torch.isfinite(grad).all() for grad in grads.values())
+
+
 def test_lean_refuses_a_second_derivative() -> None:
     backbone = small_beit()
     suit_attention(backbone, "lean")

@@ -66,7 +66,9 @@ class _LeanAttention(Attention):  # type: ignore[misc]
         if self.relative_position_bias_table is not None:
             own = self._get_rel_pos_bias()[0]
             bias = own if bias is None else own + bias
-        found: Any = _Attend.apply(qkv, bias, self.num_heads, self.scale)
+        # CUDA's autocast would make the softmax float32, and its gradient has no autocast
+        with torch.autocast(x.device.type, enabled=False):
+            found: Any = _Attend.apply(qkv, bias, self.num_heads, self.scale)
         projected: Tensor = self.proj(found)
         return projected
 
