@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -61,6 +62,33 @@ def test_blocks_are_found_in_stages_too() -> None:
 def test_a_model_without_blocks_is_told(what: object) -> None:
     with pytest.raises(ModelError, match="blocks"):
         what(nn.Sequential(nn.Linear(2, 2)))
+
+
+class Skipping(nn.Module):
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.line, self.rows = nn.Linear(4, 4), torch.arange(kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_add(0, self.rows, self.line(x.index_select(0, self.rows)))
+
+
+def test_every_block_is_compiled_where_each_has_shapes_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        found.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    model = nn.Module()
+    model.blocks = nn.Sequential(*(Skipping(20 - n) for n in range(10)))
+    compile_blocks(model)
+    model.blocks(torch.randn(20, 4))
+    assert len(found) == 10
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import featdistill
 from featdistill.config.resolve import resolve
 from featdistill.config.sections import Target
 from featdistill.core.errors import FeatDistillError, NonFiniteError, RunError
+from featdistill.models.blocks import blocks_of
 from featdistill.objectives.distillation import FeatureDistillation
 from featdistill.tasks import preflight as preflight_module
 from featdistill.tasks.assembly import Assembly, assemble, assemble_all, students_of
@@ -143,6 +144,31 @@ def test_a_long_step_is_taken_once(teacher: Path, monkeypatch: pytest.MonkeyPatc
     batches, _ = preflight_module._load(config, assembly, 3)
     assert len(preflight_module._steps(config, assembly, [assembly.objective], batches)) == 1
     assert preflight(config, assembly).step > 0
+
+
+def test_what_is_compiled_in_the_run_is_compiled_in_the_dry_step(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where compiling makes the first step a long one."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    monkeypatch.setattr(preflight_module, "_LONG", 0.0)
+    taken = []
+    real = preflight_module._Clock.now
+
+    def now(self: Any) -> float:
+        taken.append(1)
+        return real(self)
+
+    config, assembly = assembled(teacher, run={"compile": "on"})
+    blocks = blocks_of(assembly.objective.student)
+    assert compiled == blocks
+    compiled.clear()
+    monkeypatch.setattr(preflight_module._Clock, "now", now)
+    preflight(config, assembly)
+    assert len(compiled) == len(blocks)
+    assert not set(compiled) & set(blocks), "those of the copy"
+    assert len(taken) == 2 * 4, "two steps, and in each a pass of the teacher"
 
 
 def test_slow_loading_is_said(teacher: Path) -> None:

@@ -473,7 +473,7 @@ class RunConfig(Section):
         "fused on CUDA",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto", description="compile the trained model block by block; auto: off on a CPU"
+        "auto", description="compile the trained model block by block; auto: off"
     )
     recompute: bool = Field(
         False,

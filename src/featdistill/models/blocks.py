@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from featdistill.core.errors import ModelError
@@ -30,6 +31,10 @@ def compile_blocks(model: nn.Module) -> None:
         raise ModelError(
             "the model has no blocks that could be compiled", fix="give --run.compile off"
         )
+    # blocks of one class share torch's list of variants (shapes, training or not), of which it
+    # would compile 8, and run the rest as they are
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(blocks))
     for block in blocks:
         block.compile(dynamic=False)
 
