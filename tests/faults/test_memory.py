@@ -158,7 +158,7 @@ def classifier(mixup: float) -> Classification:
 @pytest.mark.parametrize(
     ("made", "images", "parts", "why"),
     [
-        (_Normed, 8, 1, "its loss or its batch norm needs the whole batch at once"),
+        (_Normed, 8, 1, "its loss, batch norm or skipping drop path needs the whole batch at once"),
         (lambda: classifier(0.8), 6, 1, "half of 6 is no even number"),
         (lambda: classifier(0.0), 3, 1, "half of 3 is no whole number"),
         (nn.Identity, 5, 5, "half of 1 is no whole number"),

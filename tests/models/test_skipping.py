@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from featdistill.core.errors import ModelError
 from featdistill.core.seeds import SampleStream
+from featdistill.engine.batches import splitting_of
 from featdistill.models.backbone import Backbone, TimmBuild
 from featdistill.models.droppath import KeyedDropPath, skip_dropped
 from featdistill.models.students import build_fresh
@@ -121,3 +122,10 @@ def test_a_copy_has_rows_of_its_own() -> None:
     assert isinstance(drops[0], nn.Module)
     assert all(m.rows is None for m in drops)
     assert all(m.rows is not None for m in twin.modules() if isinstance(m, KeyedDropPath))
+
+
+def test_a_batch_is_not_cut_by_itself_where_that_would_drop_others() -> None:
+    backbone = dropping("vit")
+    assert splitting_of(backbone) == "any"
+    skip_dropped(backbone.model, backbone.slot)
+    assert splitting_of(backbone) == "whole"

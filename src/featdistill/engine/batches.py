@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from featdistill.core.errors import DataError, RunError
 from featdistill.core.types import Splitting
 from featdistill.engine.batchnorm import JointBatchNorm2d
+from featdistill.models.droppath import KeyedDropPath
 
 
 def check_batch(batch_size: int, *, processes: int, micro_batches: int, even: bool = False) -> None:
@@ -54,6 +55,9 @@ def splitting_of(objective: nn.Module) -> Splitting:
     """Into what a batch may be cut without another result."""
     if any(isinstance(m, _BatchNorm) and _learns(m) for m in objective.modules()):
         return "whole"
+    # which images are skipped is drawn among those of a micro-batch
+    if any(isinstance(m, KeyedDropPath) and m.slot.way == "skip" for m in objective.modules()):
+        return "whole"
     found: Splitting = getattr(objective, "splitting", "any")
     return found
 
@@ -66,7 +70,7 @@ def halved(objective: nn.Module, *, images: int, parts: int) -> int:
     """
     each, splitting = images // parts, splitting_of(objective)
     if splitting == "whole":
-        why = "its loss or its batch norm needs the whole batch at once"
+        why = "its loss, batch norm or skipping drop path needs the whole batch at once"
     elif each % 2 or (splitting == "pairs" and each % 4):
         why = f"half of {each} is no {'even' if splitting == 'pairs' else 'whole'} number"
     else:
