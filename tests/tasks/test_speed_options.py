@@ -10,6 +10,7 @@ import torch
 
 import featdistill
 from featdistill.cli.main import main
+from featdistill.core.errors import RunError
 from featdistill.engine import speed
 from tests.tasks.conftest import SHAPE, TINY
 from tests.tasks.test_distill_task import differing, distill, losses
@@ -88,6 +89,15 @@ def test_skipping_trains_and_resumes_to_the_same_weights(teacher: Path, tmp_path
     run(tmp_path / "parts", schedule={"stop_at": 3})
     run(tmp_path / "parts", resume=True)
     assert differing(tmp_path / "whole", tmp_path / "parts") == []
+
+
+def test_skipping_resumes_in_the_same_parts_only(teacher: Path, tmp_path: Path) -> None:
+    """Of each micro-batch a number is dropped: others than before, if it is another part."""
+    shape = {"name": "vit-t", **SHAPE, "drop_path": 0.5, "drop_path_way": "skip"}
+    base = {**TINY, "steps": 6, "student": shape, "teacher": teacher, "out": tmp_path / "run"}
+    featdistill.distill(**base, schedule={"stop_at": 3})
+    with pytest.raises(RunError, match="micro_batches: 1 -> 2"):
+        featdistill.distill(**base, resume=True, run={"micro_batches": 2})
 
 
 def test_what_cannot_be_done_is_one_line(

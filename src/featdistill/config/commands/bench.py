@@ -11,7 +11,7 @@ from featdistill.config.sections import Positive, Precision, Rate
 
 # what each of these options is of; the others are of all
 _OF = {
-    **dict.fromkeys(("data", "images"), ("data",)),
+    **dict.fromkeys(("data", "images"), ("data", "caches")),
     **dict.fromkeys(("teacher", "student", "drop_path", "precision"), ("step",)),
     **dict.fromkeys(("cached", "changes", "profile"), ("step",)),
     "model": ("diagnose", "landscape", "load"),
