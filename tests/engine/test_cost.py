@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from featdistill.engine.cost import CostMeter, RaplCounter, Spent, energy_counter
-from featdistill.engine.loop import FitResult, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.plan import FitResult
 from featdistill.engine.runtime import Runtime
 from tests.engine.test_loop import Line, plan
 

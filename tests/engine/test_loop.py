@@ -18,8 +18,9 @@ from featdistill.data.views import CropView
 from featdistill.engine.batches import check_batch
 from featdistill.engine.best import Choice, read_best
 from featdistill.engine.checkpoint import Checkpoints
-from featdistill.engine.loop import Plan, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.plan import Plan
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 

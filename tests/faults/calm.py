@@ -28,9 +28,10 @@ from featdistill.data.decode import BadImage
 from featdistill.data.sources import ArraySource
 from featdistill.data.views import CropView
 from featdistill.engine.average import WeightAverage
-from featdistill.engine.loop import FitResult, Plan, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
 from featdistill.engine.peers import one_fate
+from featdistill.engine.plan import FitResult, Plan
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 from featdistill.objectives.whitening import Standardize

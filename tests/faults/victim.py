@@ -31,8 +31,9 @@ from featdistill.data.views import CropView
 from featdistill.engine import checkpoint, loop, step
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.best import Choice
-from featdistill.engine.loop import Plan, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.plan import Plan
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 

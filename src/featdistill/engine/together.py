@@ -22,7 +22,8 @@ from torch import nn
 from featdistill.core.errors import Interrupted, NonFiniteError
 from featdistill.core.seeds import Generators
 from featdistill.core.types import Batch
-from featdistill.engine.loop import FitResult, Plan, _Loop, open_loop
+from featdistill.engine.loop import _Loop, open_loop
+from featdistill.engine.plan import FitResult, Plan
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.signals import StopRequest, requeue, stop_on_signals
 from featdistill.engine.tracking import Bar, duration, say

@@ -10,10 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from torch import nn
 
-from featdistill.config.sections import (
-    CachedDataConfig,
-    DataConfig,
-    ModelConfig,
+from featdistill.config.sections import CachedDataConfig, DataConfig, ModelConfig
+from featdistill.config.training import (
     OptimizerConfig,
     PolynomialScheduleConfig,
     RunConfig,
@@ -27,7 +25,7 @@ from featdistill.data.open import open_data
 from featdistill.data.parts import Data
 from featdistill.data.sources import FileSource, Source, scaled
 from featdistill.data.views import View
-from featdistill.engine.loop import Plan
+from featdistill.engine.plan import Plan
 from featdistill.engine.runtime import Runtime, limit_threads
 from featdistill.engine.schedule import Schedule, build_schedule, scaled_rate
 from featdistill.engine.tracking import say

@@ -16,7 +16,8 @@ from featdistill.core.seeds import SampleStream
 from featdistill.data.holdout import without
 from featdistill.data.loader import plainly, training_batches
 from featdistill.engine.best import read_best
-from featdistill.engine.loop import FitResult, Plan, fit
+from featdistill.engine.loop import fit
+from featdistill.engine.plan import FitResult, Plan
 from featdistill.engine.quarantine import Quarantine
 from featdistill.engine.rundir import check_out, open_run, read_metrics
 from featdistill.engine.tracking import console, duration, log, say

@@ -16,7 +16,7 @@ from featdistill.config.commands import DistillConfig
 from featdistill.core.seeds import SampleStream
 from featdistill.core.types import Batch
 from featdistill.engine.batches import halved, is_out_of_memory
-from featdistill.engine.loop import FitResult
+from featdistill.engine.plan import FitResult
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.together import Learner, fit_together

@@ -18,8 +18,9 @@ from featdistill.data.splits import label_budget
 from featdistill.data.views import FinetuneView
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.batches import check_batch
-from featdistill.engine.loop import FitResult, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.plan import FitResult
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.tracking import duration, say

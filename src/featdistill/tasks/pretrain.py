@@ -11,8 +11,9 @@ from featdistill.config.commands import PretrainConfig
 from featdistill.core.errors import ConfigError
 from featdistill.core.records import write_record
 from featdistill.data.views import ContrastiveView
-from featdistill.engine.loop import FitResult, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.plan import FitResult
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.tracking import duration, say
 from featdistill.models.export import export_timm

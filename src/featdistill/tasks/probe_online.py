@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from featdistill.config.commands.probing import OnlineConfig, ProbeCommandConfig
-from featdistill.config.sections import OptimizerConfig, ScheduleConfig
+from featdistill.config.training import OptimizerConfig, ScheduleConfig
 from featdistill.data.sources import Source
 from featdistill.data.splits import label_budget
 from featdistill.data.views import EvalView, FinetuneView
-from featdistill.engine.loop import Plan, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import Lars, parameter_groups, sgd
+from featdistill.engine.plan import Plan
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.schedule import Schedule
 from featdistill.evaluation.classification import Scores, score_logits

@@ -13,8 +13,9 @@ from featdistill.data.segmentation import SegmentationData
 from featdistill.engine.average import WeightAverage
 from featdistill.engine.batches import check_batch, check_batch_norm
 from featdistill.engine.batchnorm import join_batch_norms
-from featdistill.engine.loop import FitResult, fit
+from featdistill.engine.loop import fit
 from featdistill.engine.optimizer import adamw, parameter_groups
+from featdistill.engine.plan import FitResult
 from featdistill.engine.rundir import check_out, open_run
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.tracking import say

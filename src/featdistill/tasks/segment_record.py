@@ -18,7 +18,7 @@ from featdistill.data.joint_views import fitted, resize_pair, shown
 from featdistill.data.masks import PairSource
 from featdistill.data.segmentation import SegmentationData
 from featdistill.engine.average import WeightAverage
-from featdistill.engine.loop import FitResult
+from featdistill.engine.plan import FitResult
 from featdistill.engine.tracking import duration, say
 from featdistill.evaluation.position_prior import PositionPrior, score_prior
 from featdistill.evaluation.segmentation import SegmentationScores

@@ -7,7 +7,7 @@ from pathlib import Path
 from featdistill.config.commands import DistillConfig
 from featdistill.config.sections import KnnConfig
 from featdistill.data.views import EvalView
-from featdistill.engine.loop import Plan
+from featdistill.engine.plan import Plan
 from featdistill.engine.rundir import read_metrics
 from featdistill.engine.tracking import say
 from featdistill.evaluation.fidelity import Fidelity, fidelity, undisturbed

@@ -6,10 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from featdistill.config.sections import (
-    Positive,
-    Section,
-)
+from featdistill.config.sections import Positive, Section
 
 DATA = {"data": "data.path", "val-data": "data.val", "val-fraction": "data.val_fraction"}
 RUN = {"out": "run.out", "seed": "run.seed", "device": "run.device"}

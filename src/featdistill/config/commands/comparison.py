@@ -15,8 +15,6 @@ from featdistill.config.commands.base import (
 )
 from featdistill.config.sections import (
     DiskCachedDataConfig,
-    FinetuneOptimizerConfig,
-    FinetuneScheduleConfig,
     FinetuneViewConfig,
     KnnConfig,
     MixConfig,
@@ -24,9 +22,9 @@ from featdistill.config.sections import (
     Pool,
     Positive,
     Rate,
-    RunConfig,
     Section,
 )
+from featdistill.config.training import FinetuneOptimizerConfig, FinetuneScheduleConfig, RunConfig
 
 ROWS = ("teacher", "student", "scratch")  # those that every comparison knows
 

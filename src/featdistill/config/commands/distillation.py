@@ -19,14 +19,16 @@ from featdistill.config.commands.base import (
 from featdistill.config.sections import (
     CachedDataConfig,
     ObjectiveConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    SignalConfig,
     StudentConfig,
     TeacherCacheConfig,
     TeacherConfig,
-    TrainRunConfig,
     ViewConfig,
+)
+from featdistill.config.training import (
+    OptimizerConfig,
+    ScheduleConfig,
+    SignalConfig,
+    TrainRunConfig,
 )
 
 

@@ -13,13 +13,7 @@ from featdistill.config.commands.base import (
     EvalRunConfig,
     EvalViewConfig,
 )
-from featdistill.config.sections import (
-    DataConfig,
-    KnnConfig,
-    ModelConfig,
-    Positive,
-    Section,
-)
+from featdistill.config.sections import DataConfig, KnnConfig, ModelConfig, Positive, Section
 
 
 class KnnCommandConfig(Command):

@@ -8,15 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from featdistill.config.commands.base import DATA, RUN, Command
-from featdistill.config.sections import (
-    CropConfig,
-    DiskCachedDataConfig,
-    Positive,
-    Rate,
-    RunConfig,
-    ScheduleConfig,
-    Section,
-)
+from featdistill.config.sections import CropConfig, DiskCachedDataConfig, Positive, Rate, Section
+from featdistill.config.training import RunConfig, ScheduleConfig
 
 
 class ProbePool(StrEnum):

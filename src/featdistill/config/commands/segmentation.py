@@ -7,17 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from featdistill.config.commands.base import EXTEND, RUN, TRAIN, Command
-from featdistill.config.sections import (
-    BadImages,
-    ModelConfig,
-    OptimizerConfig,
-    PolynomialScheduleConfig,
-    Positive,
-    Rate,
-    Section,
-    TrainRunConfig,
-    tolerated,
-)
+from featdistill.config.sections import BadImages, ModelConfig, Positive, Rate, Section, tolerated
+from featdistill.config.training import OptimizerConfig, PolynomialScheduleConfig, TrainRunConfig
 
 
 class SegmentDataConfig(Section):

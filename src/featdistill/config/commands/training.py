@@ -17,16 +17,18 @@ from featdistill.config.sections import (
     CachedDataConfig,
     ContrastiveConfig,
     ContrastiveViewConfig,
-    FinetuneOptimizerConfig,
-    FinetuneScheduleConfig,
     FinetuneViewConfig,
     Head,
     MixConfig,
     ModelConfig,
     NewModelConfig,
-    OptimizerConfig,
     Pool,
     Rate,
+)
+from featdistill.config.training import (
+    FinetuneOptimizerConfig,
+    FinetuneScheduleConfig,
+    OptimizerConfig,
     ScheduleConfig,
     TrainRunConfig,
 )

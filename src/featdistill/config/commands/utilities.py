@@ -9,9 +9,7 @@ from pydantic import Field
 from featdistill.config.commands.base import (
     Command,
 )
-from featdistill.config.sections import (
-    ModelConfig,
-)
+from featdistill.config.sections import ModelConfig
 
 
 class ExportConfig(Command):
