@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint unit test-slow test-faults test-soak test-gpu constraints clean
+.PHONY: quickstart test lint unit unit-parts unit-whole test-slow test-faults test-soak test-gpu constraints clean
 
 quickstart: $(STAMP)
 	@if [ -e runs/quickstart ]; then echo "removing the last quickstart's runs/quickstart"; fi
@@ -23,8 +23,18 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# two halves side by side, of about the same length, one thread each
+UNIT := OMP_NUM_THREADS=1 $(BIN)/pytest -q -m "not slow and not gpu and not faults and not soak"
+HALF := $(addprefix tests/,models evaluation diagnostics data core cli config objectives report engine faults)
+
 unit: $(STAMP)
-	$(BIN)/pytest -q -m "not slow and not gpu and not faults and not soak"
+	@$(MAKE) --no-print-directory -j2 unit-parts unit-whole
+
+unit-parts: $(STAMP)
+	$(UNIT) $(HALF)
+
+unit-whole: $(STAMP)
+	$(UNIT) tests $(HALF:%=--ignore=%)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -q -m "slow and not gpu and not faults and not soak"

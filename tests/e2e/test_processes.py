@@ -188,6 +188,7 @@ def test_two_processes_segment_as_one(tmp_path: Path) -> None:
         *("--head.channels", "8", "--head.auxiliary", "4", "--run.log_every", "1"),
     ]
     usual = ["--workers", "0", "--device", "cpu", "--run.tensorboard", "false"]
+    usual += ["--run.precision", "float32"]
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     featdistill("segment", *learn, *usual, "--out", str(one))
     featdistill("segment", *learn, *usual, "--out", str(two), "--run.devices", "2")
@@ -211,7 +212,7 @@ def test_two_processes_probe_as_one(tmp_path: Path) -> None:
     words = (
         *("probe", "--model", "timm/resnet18", "--weights", "random", "--data", "digits"),
         *("--image-size", "32", "--batch-size", "32", "--steps", "6", "--style", "online"),
-        *("--lr", "0.5", "--seeds", "1", "--workers", "0"),
+        *("--lr", "0.5", "--seeds", "1", "--workers", "0", "--run.precision", "float32"),
         *("--device", "cpu", "--run.tensorboard", "false"),
     )
     found = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from featdistill.config.commands import ModelsConfig
 from featdistill.core.errors import DataError
 from featdistill.data import workers
 from featdistill.data.loader import listed_batches, plainly, training_batches
@@ -87,7 +88,7 @@ def test_a_death_in_the_middle_of_something_else(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("featdistill.tasks.import_module", lambda _: Task)
     with pytest.raises(DataError, match=r"a loading process \(pid 7\) of the images died"):
-        run_command("knn", object())  # type: ignore[arg-type]
+        run_command("models", ModelsConfig())
 
 
 def test_other_errors_of_a_loader_are_not_swallowed() -> None:

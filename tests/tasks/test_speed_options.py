@@ -12,6 +12,7 @@ import featdistill
 from featdistill.cli.main import main
 from featdistill.core.errors import RunError
 from featdistill.engine import speed
+from featdistill.tasks.bench.ways import WAYS, Setting, make
 from tests.tasks.conftest import SHAPE, TINY
 from tests.tasks.test_distill_task import differing, distill, losses
 
@@ -135,29 +136,39 @@ def test_bench_step_prints_one_object(capsys: pytest.CaptureFixture[str], tmp_pa
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
 
 
-def test_every_way_begins_with_the_same_loss(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*STEP, "--json", "--changes", "--precision", "float32"]) == 0
-    ways = json.loads(capsys.readouterr().out)["ways"]
-    assert next(iter(ways)) == "reference"
-    assert list(ways)[-1] == "featdistill"
-    first = ways["reference"]["first_loss"]
-    assert [w["first_loss"] for w in ways.values()] == pytest.approx([first] * 5, rel=1e-5)
+def first(way: str, *, cached: bool = False) -> dict[str, float]:
+    """What a way says of its first step."""
+    setting = Setting(
+        teacher="timm/vit_tiny_patch16_224",
+        student="vit-t",
+        image_size=32,
+        batch_size=2,
+        device="cpu",
+        threads=1,
+        precision="float32",
+        cached=cached,
+        drop_path=0.0,
+    )
+    found: dict[str, float] = make(way, setting)()
+    return found
 
 
-def test_with_a_cache_the_loss_is_the_same_and_the_work_less(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main([*STEP, "--json", "--cached", "--precision", "float32"]) == 0
-    cached = json.loads(capsys.readouterr().out)
-    losses = [way["first_loss"] for way in cached["ways"].values()]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # what is cached is in bf16
-    assert main([*STEP, "--json", "--precision", "float32"]) == 0
-    assert cached["flops_per_image"] < json.loads(capsys.readouterr().out)["flops_per_image"]
+def test_every_way_begins_with_the_same_loss() -> None:
+    losses = [first(way)["loss"] for way in WAYS]
+    assert losses == pytest.approx([losses[0]] * len(WAYS), rel=1e-5)
+
+
+def test_with_a_cache_the_loss_is_the_same_and_the_work_less() -> None:
+    live, cached = first("featdistill"), first("featdistill", cached=True)
+    assert cached["loss"] == pytest.approx(live["loss"], rel=1e-3)  # what is cached is in bf16
+    assert cached["flops"] < live["flops"]
 
 
 def test_bench_step_tells_a_mistake(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([*STEP[:2], "--student", "vit-q", "--rounds", "1"]) == 2
     assert "no student called 'vit-q'" in capsys.readouterr().err
+    assert main([*STEP, "--teacher", "timm/vit_tinny", "--rounds", "1"]) == 2  # from its process
+    assert "vit_tinny" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main([*STEP, "--profile", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err

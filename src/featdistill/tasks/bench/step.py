@@ -13,6 +13,7 @@ from featdistill.config.commands import BenchConfig
 from featdistill.core.errors import RunError
 from featdistill.engine.runtime import pick_device
 from featdistill.engine.tracking import say
+from featdistill.models.student_sizes import check_student
 from featdistill.tasks.bench.common import Times, ratio, set_up, table
 from featdistill.tasks.bench.processes import Distant, distant
 from featdistill.tasks.bench.ways import COPIED, WAYS, Setting, make, products
@@ -111,6 +112,7 @@ class StepCost:
 
 def run(config: BenchConfig) -> StepCost:
     """Time steps, each way in a process of its own."""
+    check_student(config.student)
     device: Literal["cpu", "cuda"] = "cuda" if pick_device(config.device) == "cuda" else "cpu"
     setting = Setting(
         teacher=config.teacher,
