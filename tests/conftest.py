@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     torch.set_num_threads(1)  # tiny models: threads cost more than they give
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    # a shell's background job ignores Ctrl-C, and so would the runs that tests send it to
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

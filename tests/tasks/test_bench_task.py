@@ -167,7 +167,7 @@ def test_files_are_made_of_timms_models(capsys: pytest.CaptureFixture[str]) -> N
     ("words", "says"),
     [
         (["data", "--profile", "trace"], "--profile is of bench step, and of no use to data"),
-        (["step", "--images", "9"], "--images is of bench data, and of no use to step"),
+        (["step", "--images", "9"], "--images is of bench data or caches, and of no use to step"),
         (["load", "--batch-size", "4"], "--batch-size is of bench step or diagnose or landscape"),
     ],
 )
