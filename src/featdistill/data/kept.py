@@ -16,7 +16,7 @@ from featdistill.core.errors import DataError
 from featdistill.core.seeds import generator, torch_generator
 from featdistill.data.decode import BadImage
 from featdistill.data.loader import Share
-from featdistill.data.sources import Source
+from featdistill.data.sources import Source, Wrapped
 from featdistill.data.workers import AtWork, processes, trouble_of
 
 _SAMPLE = 64
@@ -25,30 +25,8 @@ _FEW = 1024
 ALONE = Share()
 
 
-class Kept(ABC):
-    """A source whose images were decoded before.
-
-    Args:
-        source: what they are the images of.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return self.source.labels
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        return self.source.classes
-
-    def __len__(self) -> int:
-        return len(self.source)
+class Kept(Wrapped, ABC):
+    """A source whose images were decoded before."""
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
@@ -57,9 +35,6 @@ class Kept(ABC):
     def look(self, index: int) -> Tensor:
         """The same for a view."""
         return self.read(index)
-
-    def identify(self, index: int) -> str:
-        return self.source.identify(index)
 
 
 def read_shrunk(source: Source, index: int, short_side: int | None) -> Tensor:

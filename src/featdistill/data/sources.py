@@ -246,11 +246,15 @@ class Relabelled:
         return self.source.identify(index)
 
 
-@dataclass(frozen=True)
-class Scaled:
-    """A source whose pictures are decoded no larger than a view needs them (`Picture.scaled`)."""
+class Wrapped:
+    """All of a source but how its images are read.
 
-    source: Source
+    Args:
+        source: what it stands for.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     @property
     def name(self) -> str:
@@ -267,15 +271,19 @@ class Scaled:
     def __len__(self) -> int:
         return len(self.source)
 
+    def identify(self, index: int) -> str:
+        return self.source.identify(index)
+
+
+class Scaled(Wrapped):
+    """A source whose pictures are decoded no larger than a view needs them (`Picture.scaled`)."""
+
     def read(self, index: int) -> Tensor:
         return self.source.read(index)
 
     def look(self, index: int) -> Tensor | Picture:
         found = self.source.look(index)
         return replace(found, scaled=True) if isinstance(found, Picture) else found
-
-    def identify(self, index: int) -> str:
-        return self.source.identify(index)
 
 
 def scaled(source: Source) -> Source:

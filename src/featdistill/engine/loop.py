@@ -37,7 +37,7 @@ from featdistill.engine.ledger import Books, Ledger
 from featdistill.engine.meter import Meter
 from featdistill.engine.plan import FitResult, Plan
 from featdistill.engine.quarantine import Quarantine
-from featdistill.engine.replan import first_plan, replanned
+from featdistill.engine.replan import Planned, first_plan, replanned
 from featdistill.engine.runtime import Runtime
 from featdistill.engine.signals import StopRequest, requeue, shielded, stop_on_signals
 from featdistill.engine.step import TrainingStep
@@ -109,15 +109,7 @@ def open_loop(
     if resume and (checkpoint := _checkpoint_of(checkpoints, runtime)) is not None:
         check_data(checkpoint.manifest, data, plan.source)
         restore(checkpoint, objective, optimizer, average)
-        if "meter" in checkpoint.files:
-            meter.restore(checkpoint.files["meter"], runtime)
-        start, earlier = checkpoint.step, Spent.of_manifest(checkpoint.manifest)
-        say(f"resumed at step {start} from {checkpoint.path}")
-        _same_precision(checkpoint, runtime)
-        known = checkpoint.manifest.get("schedules")
-        schedules, note = replanned(known, plan.schedule, start)
-        if note is not None:
-            say(note)
+        start, earlier, schedules = _go_on(checkpoint, plan, runtime, meter)
     elif resume:
         say("no checkpoint was written yet: the run begins again at its first step")
     stop = min(plan.schedule.steps, plan.stop_at or plan.schedule.steps)
@@ -166,6 +158,21 @@ def open_loop(
         else None,
         bar=Bar(plan.title, quiet=plan.quiet or not runtime.first),
     )
+
+
+def _go_on(
+    checkpoint: Checkpoint, plan: Plan, runtime: Runtime, meter: Meter
+) -> tuple[int, Spent, list[Planned]]:
+    """What a run takes over from a checkpoint beside its state: step, costs and schedules."""
+    if "meter" in checkpoint.files:
+        meter.restore(checkpoint.files["meter"], runtime)
+    say(f"resumed at step {checkpoint.step} from {checkpoint.path}")
+    _same_precision(checkpoint, runtime)
+    known = checkpoint.manifest.get("schedules")
+    schedules, note = replanned(known, plan.schedule, checkpoint.step)
+    if note is not None:
+        say(note)
+    return checkpoint.step, Spent.of_manifest(checkpoint.manifest), schedules
 
 
 def _same_precision(checkpoint: Checkpoint, runtime: Runtime) -> None:

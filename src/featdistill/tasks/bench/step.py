@@ -16,7 +16,7 @@ from featdistill.engine.tracking import say
 from featdistill.models.student_sizes import check_student
 from featdistill.tasks.bench.common import Times, ratio, set_up, table
 from featdistill.tasks.bench.processes import Distant, distant
-from featdistill.tasks.bench.ways import COPIED, WAYS, Setting, make, products
+from featdistill.tasks.bench.ways import COPIED, PRODUCT, WAYS, Setting, make, products
 
 _OURS = "featdistill"
 _REFERENCE = "reference"
@@ -46,7 +46,7 @@ class StepCost:
 
     def ceiling(self, way: str) -> float:
         """Operations a second of large products in a way's precision."""
-        return 2 * 3072**3 / self.products[self.precision[way]].median
+        return PRODUCT / self.products[self.precision[way]].median
 
     @property
     def copied(self) -> float:
@@ -73,7 +73,7 @@ class StepCost:
                 )
             )
         rates = ", ".join(
-            f"{name} {2 * 3072**3 / times.median / 1e9:,.0f}"
+            f"{name} {PRODUCT / times.median / 1e9:,.0f}"
             for name, times in self.products.items()
             if name != "copy"
         )
